@@ -1,0 +1,2 @@
+from .batch import Batch as Batch
+from .batch import Facts as Facts
