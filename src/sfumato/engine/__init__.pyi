@@ -1,0 +1,10 @@
+from . import checkpoint as checkpoint
+from .loading import build as build
+from .loading import load as load
+from .lab import Lab as Lab
+from .lab import reproduce as reproduce
+from .loop import Interrupted as Interrupted
+from .loop import Options as Options
+from .loop import Trainer as Trainer
+from .loop import fit as fit
+from .run_folder import Run as Run

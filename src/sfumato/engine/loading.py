@@ -1,0 +1,112 @@
+"""From a slug, facts of the data and a person's settings to a method; and from a run back to one.
+
+The preset is the paper's on an accelerator and `Config.small()` on a CPU, unless it is named.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from sfumato.data.batch import Facts
+from sfumato.engine import checkpoint
+from sfumato.engine.loop import load_weights
+from sfumato.engine.randomness import key
+from sfumato.engine.run_folder import Run
+from sfumato.errors import BadCheckpoint, BadData, BadSetting, nearest
+from sfumato.method import Method, MethodConfig
+
+
+def build(
+    kind: type[Method],
+    facts: Facts,
+    *,
+    preset: str = "auto",
+    settings: dict[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    previous: Method | None = None,
+) -> Method:
+    """A new method whose settings suit the data.
+
+    Args:
+        kind: the method's class.
+        facts: of the data that it will be trained on.
+        preset: "paper", "small", or "auto" (small on a CPU).
+        settings: over the preset; unknown or ill-typed ones are refused.
+        seed: of the weights.
+        device: decides what "auto" means.
+        previous: another run's method to start from.
+    """
+    missing = [name for name in kind.needs if name not in facts.fields]
+    if missing:
+        wanted = {"label": "one folder per class", "target": "pairs:NOISY_FOLDER:CLEAN_FOLDER"}
+        raise BadData(f"{kind.__name__} needs a {missing[0]} with every image, this data has none: give {wanted[missing[0]]}")
+    config = configure(kind.Config, preset_for(preset, device), settings or {}).fitted(facts)
+    torch.default_generator.manual_seed(key(seed, "weights"))
+    return kind(config) if previous is None else kind.init_from(config, previous)
+
+
+def preset_for(preset: str, device: str) -> str:
+    """`auto` resolved: "small" on a CPU, "paper" elsewhere."""
+    if preset not in ("auto", "paper", "small"):
+        raise BadSetting(f"preset {preset!r} is not known: auto, paper or small")
+    if preset != "auto":
+        return preset
+    return "small" if device == "cpu" or not torch.accelerator.is_available() else "paper"
+
+
+def configure(config: type[MethodConfig], preset: str, settings: dict[str, Any]) -> MethodConfig:
+    """A preset with settings over it; a mistake is told in one line with what is allowed."""
+    known = config.model_fields
+    for name in settings:
+        if name not in known:
+            near = nearest(name, known) or sorted(known)
+            raise BadSetting(f"there is no setting {name!r}; did you mean {', '.join(near)}?")
+    try:
+        base = config.small() if preset == "small" else config()
+        return config.model_validate({**base.model_dump(), **settings})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(p) for p in first["loc"]) or "settings"
+        described = known[name].description if name in known else ""
+        raise BadSetting(
+            f"{name}={first['input']!r}: {first['msg'].lower()}" + (f" ({described})" if described else "")
+        ) from None
+
+
+def load(source: str | Path, *, kind: type[Method] | None = None, device: str = "cpu") -> Method:
+    """A trained method, in eval mode.
+
+    Args:
+        source: a run folder, a checkpoint file, or `hf://user/name` (a run folder on the Hugging Face hub).
+        kind: the class, for a method that is not in the catalogue.
+        device: where to put it.
+    """
+    if str(source).startswith("hf://"):
+        from huggingface_hub import snapshot_download
+
+        source = snapshot_download(str(source)[5:], allow_patterns=["config.yaml", "checkpoints/*.safetensors"])
+    path = Path(source)
+    if path.is_dir():
+        last = Run.open(path).last_checkpoint
+        if last is None:
+            raise BadCheckpoint(f"{path} holds no checkpoint yet")
+        path = last
+    saved = checkpoint.read(path)
+    if kind is None:
+        from sfumato import catalogue
+
+        kind = catalogue.load_method(saved["slug"])
+    try:
+        config = kind.Config.model_validate(saved["settings"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        raise BadCheckpoint(f"{path} was written by another version of {saved['slug']} ({reason})") from None
+    method = kind(config)
+    load_weights(method, saved["ema"] or saved["method"], path)
+    return method.to(device).eval()

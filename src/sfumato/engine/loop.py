@@ -1,0 +1,421 @@
+"""The training loop: one for all methods, because a method says what differs and the optimizer's `step` takes the closures.
+
+    for every step:  batches -> Method.steps yields Step(optimizer, losses) -> optimizer.step(*objectives) -> Result
+
+>>> import torch
+>>> from sfumato.engine import fit
+>>> from sfumato.method import Loss, Method
+>>> class Mean(Method):
+...     def __init__(self, config=None):
+...         super().__init__(config)
+...         self.mean = torch.nn.Parameter(torch.zeros(1))
+...     def loss(self, batch, ctx):
+...         return Loss((batch.x - self.mean).square().mean(), len(batch))
+...     def optimizers(self):
+...         return {"net": torch.optim.SGD(self.parameters(), 0.1)}
+>>> method = fit(Mean(), torch.full((16, 1, 2, 2), 0.25), steps=50, progress=False)
+>>> round(method.mean.item(), 3)
+0.25
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from sfumato.engine import checkpoint
+from sfumato.engine.objective import Objective
+from sfumato.engine.progress import Progress
+from sfumato.engine.randomness import key, seed_everything
+from sfumato.engine.run_folder import Run
+from sfumato.engine.stream import Stream, stream, stream_loader
+from sfumato.errors import BadCheckpoint, Diverged, SfumatoError
+from sfumato.method import Batch, Context, Method, Result
+
+
+class Interrupted(SfumatoError):
+    """Training was asked to stop and did so cleanly, with a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train, apart from the method's own settings.
+
+    Args:
+        seed: of weights, order, augmentation and noise.
+        accumulate: micro-batches a step; the step's batch size stays what the method says.
+        device: "auto", "cpu", "cuda", ...
+        precision: "fp32" or "bf16" (autocast).
+        ema: decay of a moving average of all weights, used by `apply`; None: none.
+        workers: loading processes; None: chosen from the data and the machine.
+        log_every: steps between lines of metrics.jsonl; None: about a thousand lines in all.
+        save_every: steps between checkpoints; None: one a minute.
+        keep: checkpoints kept.
+        track: a tracker of accelerate: "tensorboard", "mlflow", "wandb"; None: none.
+    """
+
+    seed: int = 0
+    accumulate: int = 1
+    device: str = "auto"
+    precision: str = "fp32"
+    ema: float | None = None
+    workers: int | None = None
+    log_every: int | None = None
+    save_every: int | None = None
+    keep: int = 2
+    track: str | None = None
+
+
+def fit(
+    method: Method,
+    data: Any,
+    *,
+    steps: int | None = None,
+    minutes: float | None = None,
+    run: Run | None = None,
+    progress: bool = True,
+    held_out: Any = None,
+    **options: Any,
+) -> Method:
+    """Train a method; returns it in eval mode.
+
+    Args:
+        method: freshly built, or as a checkpoint left it when `run` holds one.
+        data: a place (`"sample:digits"`, a folder, ...), a tensor `[N, C, H, W]`, a list of images, a `Batch`, a data set, or
+            your own DataLoader.
+        steps: optimizer steps; None: the method's own number.
+        minutes: a time instead: a few throw-away steps are timed, and the number of steps is fixed from them.
+        run: a run folder to write to; a checkpoint in it is continued.
+        progress: show a progress bar.
+        held_out: data for `method.evaluate` at the end.
+        **options: see `Options`.
+
+    Raises:
+        Diverged: the loss or a weight is no longer finite.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+    """
+    return Trainer(method, data, Options(**options), steps=steps, minutes=minutes, run=run).train(progress, held_out)
+
+
+class Trainer:
+    """A method, its data and where the training stands."""
+
+    def __init__(
+        self,
+        method: Method,
+        data: Any,
+        options: Options,
+        *,
+        steps: int | None = None,
+        minutes: float | None = None,
+        run: Run | None = None,
+    ) -> None:
+        self.options, self.run, self.data = options, run, as_data(data)
+        self.accelerator = accelerator(options, run)
+        self.device = self.accelerator.device
+        self.alone = self.accelerator.num_processes == 1
+        self.main = self.accelerator.is_main_process
+        self.method = method.to(self.device).train()
+        generator = torch.Generator(self.device)
+        self.ctx = Context(0, steps or method.config.steps, options.seed, generator, sum=self._sum)
+        saved = self._load()
+        self.ctx.optimizers = method.optimizers()
+        self.ema = self._ema(saved)
+        for name, state in saved.get("optimizers", {}).items():
+            self.ctx.optimizers[name].load_state_dict(state)
+        if minutes is not None and not saved:
+            self.ctx.total = self._steps_in(minutes)
+        self.log_every = options.log_every or max(1, self.ctx.total // 1000)
+
+    # ---- one step
+
+    def step(self, batches: list[Batch], *, check: bool) -> Result:
+        """One step of the method on its micro-batches."""
+        ctx, phase = self.ctx, -1
+        steps, result = self.method.steps(ctx), cast(Result, None)
+        while True:
+            try:
+                wanted = steps.send(result)
+            except StopIteration:
+                break
+            phase += 1
+            optimizer = ctx.optimizers[wanted.optimizer]
+            params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            closures = [
+                Objective(
+                    loss, batches, ctx, params, self.accelerator, phase=phase, clip_norm=self.method.config.clip_norm, check=check
+                )
+                for loss in wanted.losses
+            ]
+            value = cast(Any, optimizer.step)(*closures)
+            result = Result(value, closures[0].logs)
+        if self.ema is not None:
+            self.ema.update(self.method)
+        if not self.alone:
+            self._share_batch_statistics()
+        ctx.step += 1
+        return result
+
+    def batches(self, start: int) -> Stream:
+        """The micro-batches from step `start` on."""
+        options, acc = self.options, self.accelerator
+        if not hasattr(self.data, "__getitem__"):
+            return stream_loader(self.data, start=start, accumulate=options.accumulate)
+        workers = options.workers
+        if workers is None:
+            in_memory = getattr(self.data, "in_memory", True)
+            workers = 0 if in_memory and self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        return stream(
+            self.data,
+            self.method.augment(),
+            batch_size=self.method.config.batch_size,
+            start=start,
+            seed=options.seed,
+            accumulate=options.accumulate,
+            rank=acc.process_index,
+            world=acc.num_processes,
+            workers=workers,
+            pin=self.device.type == "cuda",
+        )
+
+    # ---- the whole of it
+
+    def train(self, show: bool = True, held_out: Any = None) -> Method:
+        """Train to the end; a failure or a signal leaves the last good checkpoint."""
+        ctx, run = self.ctx, self.run
+        batches = self.batches(ctx.step)
+        started = saved_at = time.monotonic()
+        on_cpu = self.device.type == "cpu"
+        if run is not None and self.main:
+            run.rewind(ctx.step)
+            self._save()  # step 0 too: a state that cannot be saved is refused before the hours are spent
+        with stop_signals() as asked, Progress(show and self.main, type(self.method).__name__, ctx) as bar:
+            while ctx.step < ctx.total:
+                logs_now = (ctx.step + 1) % self.log_every == 0 or ctx.step + 1 == ctx.total
+                try:
+                    micro = [b.to(self.device) for b in next(batches)]
+                    result = self.step(micro, check=on_cpu or logs_now)
+                except Diverged as error:
+                    raise Diverged(f"{error}{self._where_to_go_on()}") from None
+                if logs_now:
+                    self._log(result, time.monotonic() - started)
+                bar.update(result)
+                stop = self._agree(bool(asked)) if self.alone or logs_now else False
+                if run is not None and (stop or self._due(saved_at)):
+                    self._save()
+                    saved_at = time.monotonic()
+                if stop:
+                    raise Interrupted(f"stopped at step {ctx.step} of {ctx.total}{self._where_to_go_on()}")
+        self._finish(held_out, time.monotonic() - started)
+        return self.method.eval()
+
+    def _log(self, result: Result, seconds: float) -> None:
+        lr = next(iter(self.ctx.optimizers.values())).param_groups[0]["lr"]
+        figures = {"loss": float(result.loss), "lr": float(lr), **{k: float(v) for k, v in result.logs.items()}}
+        if self.run is not None and self.main:
+            self.run.log(step=self.ctx.step, seconds=round(seconds, 3), **figures)
+        if self.options.track:
+            self.accelerator.log(figures, step=self.ctx.step)
+
+    def _due(self, saved_at: float) -> bool:
+        if self.options.save_every:
+            return self.ctx.step % self.options.save_every == 0
+        return (self.alone and time.monotonic() - saved_at > 60) or (not self.alone and self.ctx.step % 500 == 0)
+
+    def _finish(self, held_out: Any, seconds: float) -> None:
+        figures: dict[str, float] = {}
+        if self.main and held_out is not None:
+            self.method.eval()
+            with torch.no_grad():
+                figures = self.method.evaluate(
+                    batch.to(self.device) for batch in epoch(as_data(held_out), self.method.config.batch_size)
+                )
+        if self.run is not None:
+            self._save()
+            if self.main:
+                self.run.log(step=self.ctx.step, seconds=round(seconds, 3), done=True, **({"eval": figures} if figures else {}))
+        if self.options.track:
+            self.accelerator.log(figures, step=self.ctx.step)
+            self.accelerator.end_training()
+
+    def _where_to_go_on(self) -> str:
+        last = self.run.last_checkpoint if self.run else None
+        return f"; {last.stem} is kept: sfumato train --resume {self.run.path}" if self.run and last else ""
+
+    # ---- state
+
+    def _save(self) -> None:
+        """Write a checkpoint and pictures of a few samples; refuses weights that are not finite."""
+        if not self.main or self.run is None:
+            return
+        ctx, state = self.ctx, dict(self.method.state_dict())
+        if (bad := checkpoint.assert_finite(state)) is not None:
+            raise Diverged(f"{bad} is no longer finite at step {ctx.step}{self._where_to_go_on()}")
+        whole = {
+            "slug": self.run.config.get("slug"),
+            "settings": self.method.config.model_dump(mode="json"),
+            "step": ctx.step,
+            "total": ctx.total,
+            "threads": torch.get_num_threads(),
+            "method": state,
+            "optimizers": {name: o.state_dict() for name, o in ctx.optimizers.items()},
+            "ema": None if self.ema is None else dict(self.ema.module.state_dict()),
+        }
+        checkpoint.save(self.run.checkpoints / f"step-{ctx.step}.safetensors", whole)
+        checkpoint.prune(self.run.checkpoints, self.options.keep)
+        self._picture()
+
+    def _picture(self) -> None:
+        if self.run is None or not hasattr(self.data, "__getitem__"):
+            return
+        from torchvision.utils import save_image
+
+        batch = next(epoch(self.data, min(4, len(self.data)), augment=self.method.augment(), seed=self.options.seed)).to(
+            self.device
+        )
+        generator = torch.Generator(self.device).manual_seed(key(self.options.seed, "preview"))
+        self.method.eval()
+        with torch.no_grad():
+            for name, images in self.method.preview(batch, generator).items():
+                save_image(images.float().clamp(0, 1).cpu(), self.run.pictures / f"{self.ctx.step}-{name}.png", nrow=len(images))
+        self.method.train()
+
+    def _load(self) -> dict[str, Any]:
+        """Load the run's last checkpoint into the method (its weights first: they may change shapes)."""
+        last = self.run.last_checkpoint if self.run else None
+        if last is None:
+            return {}
+        saved = checkpoint.read(last)
+        if saved["slug"] != (self.run.config.get("slug") if self.run else None):
+            raise BadCheckpoint(f"{last} is a checkpoint of {saved['slug']!r}")
+        load_weights(self.method, saved["method"], last)
+        self.ctx.step, self.ctx.total = saved["step"], saved["total"]
+        return saved
+
+    def _ema(self, saved: dict[str, Any]) -> Any:
+        if self.options.ema is None:
+            return None
+        from sfumato.optim.ema import EMA
+
+        ema = EMA(self.method, decay=self.options.ema)
+        if saved.get("ema") is not None:
+            ema.module.load_state_dict(saved["ema"])
+        return ema
+
+    def _steps_in(self, minutes: float, warm: int = 2, timed: int = 5) -> int:
+        """How many steps fit: time a few in the middle of the schedules on a throw-away copy of the state."""
+        before, seed = copy.deepcopy(self.method.state_dict()), self.options.seed
+        self.ctx.step, self.ctx.total, seconds = 500, 1000, []
+        for batches in islice(self.batches(0), warm + timed):
+            started = time.perf_counter()
+            self.step([b.to(self.device) for b in batches], check=True)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        self.method.load_state_dict(before)
+        self.ctx.optimizers, self.ctx.step = self.method.optimizers(), 0
+        self.ema = self._ema({})
+        seed_everything(key(seed, "after timing"), self.device)
+        typical = sorted(seconds[warm:])[timed // 2]
+        total = torch.tensor(float(max(1, int(60 * minutes / typical))), device=self.device)
+        return int(self._sum(total) / self.accelerator.num_processes)
+
+    # ---- several processes
+
+    def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.alone else cast(torch.Tensor, self.accelerator.reduce(tensor, "sum"))
+
+    def _agree(self, asked: bool) -> bool:
+        return asked if self.alone else bool(self._sum(torch.tensor(float(asked), device=self.device)) > 0)
+
+    def _share_batch_statistics(self) -> None:
+        from accelerate.utils import broadcast
+
+        for module in self.method.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                for buffer in module.buffers():
+                    buffer.copy_(broadcast(buffer))
+
+
+def load_weights(method: Method, state: dict[str, Any], source: Any) -> None:
+    """Load a state, saying in one line what does not fit."""
+    try:
+        method.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadCheckpoint(f"{source} does not fit {type(method).__name__} ({reason})") from None
+
+
+def as_data(data: Any) -> Any:
+    """A data set from whatever a person gave; loaders and data sets of ours stay as they are."""
+    if hasattr(data, "facts") or (hasattr(data, "__iter__") and not hasattr(data, "__getitem__")):
+        return data
+    if isinstance(data, torch.utils.data.DataLoader):
+        return data
+    from sfumato.data import open_data
+
+    return open_data(data)
+
+
+def epoch(data: Any, batch_size: int, augment: Callable[..., Any] | None = None, seed: int = 0) -> Iterator[Batch]:
+    """Every sample once, in order."""
+    from sfumato.engine.stream import Augmented, collate
+
+    samples = Augmented(data, augment, seed)
+    for first in range(0, len(data), batch_size):
+        yield collate([samples[(0, i)] for i in range(first, min(first + batch_size, len(data)))])
+
+
+def accelerator(options: Options, run: Run | None = None) -> Any:
+    """accelerate's Accelerator for these options: device, precision, processes, tracker."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    precision = {"fp32": "no", "bf16": "bf16"}.get(options.precision)
+    if precision is None:
+        raise SfumatoError(f"precision {options.precision!r} is not known: fp32 or bf16 (fp16's scaler refuses closures)")
+    cpu = options.device == "cpu"
+    if AcceleratorState._shared_state and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    if options.device not in ("auto", "cpu"):
+        available = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
+        if not available or torch.device(options.device).type != available.type:
+            raise SfumatoError(f"device {options.device!r} is not available here; `sfumato doctor` says what is")
+    logger = {"log_with": options.track, "project_dir": str(run.path)} if options.track and run else {}
+    acc = Accelerator(cpu=cpu, mixed_precision=precision, **logger)
+    assert PartialState._shared_state
+    if options.track:
+        acc.init_trackers("sfumato", config={k: str(v) for k, v in asdict(options).items()})
+    return acc
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that fills when Ctrl-C or SIGTERM arrives; a second Ctrl-C stops at once."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, _frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

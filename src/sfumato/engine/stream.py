@@ -1,0 +1,149 @@
+"""From a data set to the micro-batches of a step. The position is one number, so there is nothing to save.
+
+Sample number p of a training is sample `perm_e[p mod n]` of epoch `e = p div n`; the permutation is keyed by (seed, epoch), its
+augmentation by (seed, epoch, index). Step s of global batch B takes p = sB ... (s+1)B - 1, cut into equal micro-batches over
+accumulation and processes, so 2 processes see what 1 process with accumulation 2 sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sfumato.engine.randomness import key
+from sfumato.errors import BadData, BadSetting
+from sfumato.method import Batch
+
+Key = tuple[int, int]
+"""(epoch, index) of a sample."""
+
+
+class Order(Sampler[list[Key]]):
+    """The keys of every micro-batch of this process, from a step on, without end."""
+
+    def __init__(self, count: int, *, batch_size: int, accumulate: int, rank: int, world: int, start: int, seed: int) -> None:
+        if batch_size % (accumulate * world):
+            raise BadSetting(
+                f"batch_size={batch_size} cannot be cut into {accumulate} micro-batches on {world} processes: "
+                f"set it to a multiple of {accumulate * world}"
+            )
+        self.count, self.batch_size, self.parts = count, batch_size, accumulate * world
+        self.accumulate, self.rank, self.world, self.start, self.seed = accumulate, rank, world, start, seed
+        self._permutation = lru_cache(2)(self._permute)
+
+    def _permute(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(key(self.seed, "order", epoch))
+        order: list[int] = torch.randperm(self.count, generator=generator).tolist()
+        return order
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        micro, step = self.batch_size // self.parts, self.start
+        while True:
+            for i in range(self.accumulate):
+                first = step * self.batch_size + (i * self.world + self.rank) * micro
+                keys = [divmod(p, self.count) for p in range(first, first + micro)]
+                yield [(epoch, self._permutation(epoch)[i]) for epoch, i in keys]
+            step += 1
+
+
+class Augmented(Dataset[Any]):
+    """A data set whose samples are augmented with randomness keyed by (seed, epoch, index)."""
+
+    def __init__(self, data: Any, augment: Callable[..., Any] | None, seed: int) -> None:
+        self.data, self.augment, self.seed = data, augment, seed
+
+    def __getitem__(self, at: Key) -> tuple[Tensor, int, int | None, Tensor | None]:
+        epoch, index = at
+        sample = self.data[index]
+        x, target = sample.x, sample.target
+        if self.augment is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(key(self.seed, "augment", epoch, index))
+                if target is None:
+                    x = self.augment(x)
+                else:
+                    from torchvision.tv_tensors import Image
+
+                    x, target = self.augment(Image(x), Image(target))
+        return as_float(x), index, sample.label, None if target is None else as_float(target)
+
+
+def as_float(x: Tensor) -> Tensor:
+    """Pixels in [0, 1]: whole numbers are divided by the largest one of their kind."""
+    x = x.as_subclass(Tensor)
+    return x if x.is_floating_point() else x.to(torch.float32) / (65535 if x.dtype == torch.uint16 else 255)
+
+
+def collate(samples: list[tuple[Tensor, int, int | None, Tensor | None]]) -> Batch:
+    """Stack samples; images of unlike sizes are refused with the way out."""
+    xs, index, labels, targets = zip(*samples)
+    if len({x.shape for x in xs}) > 1:
+        sizes = sorted({f"{x.shape[-1]}x{x.shape[-2]}" for x in xs})[:4]
+        raise BadData(f"the images have unlike sizes ({', '.join(sizes)}, ...) and this method does not crop: resize them first")
+    label = None if labels[0] is None else torch.tensor(labels)
+    return Batch(torch.stack(xs), torch.tensor(index), label, None if targets[0] is None else torch.stack(targets))
+
+
+Stream = Iterator[list[Batch]]
+
+
+def stream(
+    data: Any,
+    augment: Callable[..., Any] | None,
+    *,
+    batch_size: int,
+    start: int,
+    seed: int,
+    accumulate: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin: bool = False,
+) -> Stream:
+    """The micro-batches of step `start`, then of the next, without end."""
+    order = Order(len(data), batch_size=batch_size, accumulate=accumulate, rank=rank, world=world, start=start, seed=seed)
+    if augment is None and getattr(data, "gather", None) is not None and data.facts.size is not None:
+        batches: Iterable[Batch] = (data.gather(torch.tensor([i for _, i in keys])) for keys in order)
+    else:
+        batches = DataLoader(
+            Augmented(data, augment, seed),
+            batch_sampler=order,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=pin,
+            persistent_workers=workers > 0,
+        )
+    it = iter(batches)
+    while True:
+        yield [next(it) for _ in range(accumulate)]
+
+
+def stream_loader(loader: Iterable[Any], *, start: int, accumulate: int = 1) -> Stream:
+    """The same from a person's own DataLoader (tensors, (x, y) pairs or `Batch`es), begun again whenever it ends."""
+
+    def endless() -> Iterator[Batch]:
+        seen = 0
+        while True:
+            before = seen
+            for item in loader:
+                x, *rest = (item,) if isinstance(item, (Tensor, Batch)) else tuple(item)
+                if isinstance(x, Batch):
+                    yield x
+                else:
+                    label = rest[0] if rest and not rest[0].is_floating_point() else None
+                    target = rest[0] if rest and rest[0].is_floating_point() else None
+                    yield Batch(as_float(x), torch.arange(seen, seen + len(x)), label, target)
+                seen += len(x)
+            if seen == before:
+                raise BadData("the loader is empty")
+
+    it = endless()
+    for _ in range(start * accumulate):
+        next(it)
+    while True:
+        yield [next(it) for _ in range(accumulate)]

@@ -1,0 +1,162 @@
+"""The training contract: resume, accumulation and processes give the same numbers for every kind of method."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kinds
+import pytest
+import torch
+
+from sfumato.engine import Run, fit
+from sfumato.errors import BadSetting, Diverged
+from sfumato.method import Loss
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def new_run(root: Path, name: str) -> Run:
+    run = Run.create(root, name)
+    run.write_config({"slug": name})
+    return run
+
+
+def losses(run: Run) -> list[tuple[int, float]]:
+    return [(m["step"], m["loss"]) for m in run.metrics() if "loss" in m]
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS, ids=lambda k: k.__name__)
+def test_resume_is_bit_equal(kind, tmp_path):
+    whole = new_run(tmp_path, kind.__name__)
+    straight = fit(kind(), kinds.data(), run=whole, log_every=1, device="cpu", progress=False)
+    broken = new_run(tmp_path, kind.__name__)
+    first = kind()
+    first.stop_at = 17
+    try:
+        fit(first, kinds.data(), run=broken, log_every=1, save_every=7, device="cpu", progress=False)
+    except KeyboardInterrupt:
+        assert broken.last_checkpoint.stem == "step-14"
+    resumed = fit(kind(), kinds.data(), run=broken, log_every=1, device="cpu", progress=False)
+    assert losses(broken) == losses(whole)
+    assert len(losses(whole)) == 20
+    a, b = straight.state_dict(), resumed.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k]))
+
+
+@pytest.mark.parametrize("kind", [kinds.Curvature, kinds.Adversarial, kinds.Points], ids=lambda k: k.__name__)
+def test_accumulation_averages_by_weight(kind, tmp_path):
+    """Without masks and dropout, 4 micro-batches give the gradient of the whole batch."""
+    torch.manual_seed(0)
+    methods = []
+    for accumulate in (1, 4):
+        method = kind()
+        if kind is kinds.Curvature:
+            method.loss = lambda batch, ctx, m=method: Loss((m.net[0](batch.x.flatten(1)).square()).mean(), len(batch))
+        if kind is kinds.Adversarial:
+            method.fake = lambda batch, ctx, m=method: m.g(batch.x.flatten(1)[:, :8])
+            method.d[2].p = method.g[2].p = 0.0
+        methods.append(fit(method.double(), kinds.data().double(), steps=6, accumulate=accumulate, device="cpu", progress=False))
+    for p, q in zip(methods[0].parameters(), methods[1].parameters()):
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_two_processes_equal_one_that_accumulates_two(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import json, sys, torch, kinds\n"
+        "from accelerate import Accelerator\n"
+        "torch.set_num_threads(1)\n"
+        "from sfumato.engine import Trainer, Options\n"
+        "out = {}\n"
+        "for kind in kinds.KINDS:\n"
+        "    trainer = Trainer(kind(), kinds.data(), Options(device='cpu', accumulate=int(sys.argv[1])), steps=10)\n"
+        "    world = trainer.accelerator.num_processes\n"
+        "    batches = trainer.batches(0)\n"
+        "    out[kind.__name__] = [float(trainer.step(next(batches), check=True).loss) for _ in range(10)]\n"
+        "if trainer.main: json.dump({'world': world, 'losses': out}, open(sys.argv[2], 'w'))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    results = []
+    for launcher, accumulate in ((["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 1), ([], 2)):
+        out = tmp_path / f"{accumulate}.json"
+        command = [sys.executable, *launcher, str(script), str(accumulate), str(out)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads(out.read_text()))
+    two, one = results
+    assert two["world"] == 2
+    assert one["world"] == 1
+    for kind, values in one["losses"].items():
+        assert values == pytest.approx(two["losses"][kind], rel=1e-6), kind
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    class Bad(kinds.Masked):
+        def loss(self, batch, ctx):
+            return Loss(super().loss(batch, ctx).value * (math.nan if ctx.step == 5 else 1.0))
+
+    run = new_run(tmp_path, "bad")
+    with pytest.raises(Diverged, match=r"nan at step 5 \(samples .*step-4 is kept"):
+        fit(Bad(), kinds.data(), run=run, save_every=2, device="cpu", progress=False)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    class Bad(kinds.Masked):
+        def steps(self, ctx):
+            yield from super().steps(ctx)
+            if ctx.step == 3:
+                self.net[0].weight.data[0, 0] = math.inf
+
+    run = new_run(tmp_path, "bad")
+    with pytest.raises(Diverged, match=r"net\.0\.weight"):
+        fit(Bad(), kinds.data(), run=run, save_every=4, device="cpu", progress=False)
+    assert run.last_checkpoint.stem == "step-0"
+
+
+def test_minutes_fix_a_number_of_steps_and_leave_the_start_untouched():
+    torch.manual_seed(3)
+    method = kinds.Teacher()
+    before = method.net[0].weight.clone()
+    from sfumato.engine import Options, Trainer
+
+    trainer = Trainer(method, kinds.data(), Options(device="cpu"), minutes=0.005)
+    assert trainer.ctx.total > 1
+    assert trainer.ctx.step == 0
+    assert torch.equal(method.net[0].weight, before)
+    assert not trainer.ctx.optimizers["net"].state
+
+
+def test_a_moving_average_is_kept_and_resumed(tmp_path):
+    run = new_run(tmp_path, "ema")
+    method = fit(kinds.Masked(), kinds.data(), run=run, ema=0.5, device="cpu", progress=False)
+    from sfumato.engine import load
+
+    averaged = load(run.path, kind=kinds.Masked)
+    gap = (averaged.net[0].weight - method.net[0].weight).abs().max()
+    assert 0 < gap < 0.1
+
+
+def test_a_batch_that_cannot_be_cut_is_refused():
+    with pytest.raises(BadSetting, match="multiple of 3"):
+        fit(kinds.Masked(), kinds.data(), accumulate=3, device="cpu", progress=False)
+
+
+def test_a_persons_own_loader(tmp_path):
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(kinds.data()), batch_size=8)
+    method = fit(kinds.Masked(), loader, steps=12, device="cpu", progress=False)
+    assert not method.training
+
+
+def test_bf16_trains():
+    method = fit(kinds.Masked(), kinds.data(), steps=3, precision="bf16", device="cpu", progress=False)
+    assert method.net[0].weight.dtype == torch.float32
