@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -87,6 +88,184 @@ def show(
     from sfumato.cli import catalogue
 
     catalogue.show(slug, as_json=json)
+
+
+RUNNING = "Train and use"
+LOOKING = "Runs and this machine"
+Runs = Annotated[Path, typer.Option("--runs", help="Root folder of runs.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps, ...")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script.")]
+
+
+@app.command(
+    rich_help_panel=RUNNING,
+    epilog=examples(
+        "sfumato train cbsn --data my_photos/ --minutes 2  # learn to denoise from noisy photos alone",
+        "sfumato train colormae --data sample:photos --steps 500 --set color=blue",
+        "sfumato train classifier --data folder_per_class --init runs/colormae/STAMP --set optimizer=adahessian",
+        "sfumato train colormae --data my_photos/ --dry-run  # what it would cost",
+        "sfumato train --resume runs/cbsn/STAMP  # after a stop, a crash or a kill",
+        "torchrun --nproc_per_node 4 -m sfumato train mae --data my_photos/  # several GPUs",
+    ),
+)
+def train(
+    slug: Annotated[str | None, typer.Argument(help="The method, as `sfumato papers --built` names it.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", "-d", help="sample:photos|digits|faces, a folder, a picture, pairs:IN:TARGET, arrays:file.npz, ..."
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps (default: the method's).")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", "-m", help="A time instead of steps.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, as `sfumato show SLUG` lists them; may be repeated.")
+    ] = None,
+    preset: Annotated[str, typer.Option("--preset", help="paper, small, or auto: small on a CPU.")] = "auto",
+    init: Annotated[Path | None, typer.Option("--init", help="Start from the weights of another run.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Continue this run; nothing else needs to be given.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell time, memory and batch shapes; write nothing.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of weights, order, augmentation and noise.")] = 0,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16.")] = "fp32",
+    accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Micro-batches a step, to save memory.")] = 1,
+    ema: Annotated[float | None, typer.Option("--ema", min=0, max=1, help="Decay of a moving average of the weights.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=0, help="Loading processes (default: chosen).")] = None,
+    log_every: Annotated[int | None, typer.Option("--log-every", min=1, help="Steps between lines of metrics.jsonl.")] = None,
+    save_every: Annotated[
+        int | None, typer.Option("--save-every", min=1, help="Steps between checkpoints (default: a minute).")
+    ] = None,
+    keep: Annotated[int, typer.Option("--keep", min=1, help="Checkpoints kept.")] = 2,
+    track: Annotated[str | None, typer.Option("--track", help="tensorboard, mlflow or wandb.")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Train a method on your own data."""
+    from sfumato.errors import BadSetting
+
+    if resume is None and (slug is None or data is None):
+        raise BadSetting("say what to train and on what: sfumato train SLUG --data WHERE (or --resume RUN)")
+    if resume is not None and (slug, data, init, set_) != (None, None, None, None):
+        raise BadSetting("--resume takes every setting from the run; give nothing beside it")
+    from sfumato.cli import train as work
+
+    if resume is not None or slug is None or data is None:
+        work.resume(Path(resume or "."))
+        return
+    work.train(
+        slug, data, steps=steps, minutes=minutes, settings=set_ or [], init=init, preset=preset, runs=runs, dry_run=dry_run,
+        seed=seed, device=device, precision=precision, accumulate=accumulate, ema=ema, workers=workers,
+        log_every=log_every, save_every=save_every, keep=keep, track=track,
+    )  # fmt: skip
+
+
+@app.command(
+    rich_help_panel=RUNNING,
+    epilog=examples(
+        "sfumato apply runs/cbsn/STAMP noisy1.png noisy2.jpg -o out/  # restored pictures under their own names",
+        "sfumato apply runs/colormae/STAMP my_photos/ -o embeddings.npz",
+        "sfumato apply runs/classifier/STAMP new/ -o predictions.csv",
+    ),
+)
+def apply(
+    run: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
+    inputs: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder (or a .npz, .csv file).")],
+    do: Annotated[str | None, typer.Option("--do", help="restore, encode or predict, where a run can do several.")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Use a trained run: restore, encode or predict."""
+    from sfumato.cli import apply as work
+
+    work.apply(run, inputs, out, verb=do, device=device)
+
+
+@app.command(
+    rich_help_panel=RUNNING,
+    epilog=examples(
+        "sfumato export runs/colormae/STAMP --timm vit.safetensors", "sfumato export runs/cbsn/STAMP --weights w.safetensors"
+    ),
+)
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    timm: Annotated[Path | None, typer.Option("--timm", help="Weights that a plain timm ViT loads.")] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", help="The plain state as safetensors.")] = None,
+    hub: Annotated[str | None, typer.Option("--hub", help="USER/NAME on the Hugging Face hub (needs a login).")] = None,
+) -> None:
+    """Write a run's weights for other tools."""
+    from sfumato.cli import export as work
+
+    work.export(run, timm=timm, weights=weights, hub=hub)
+
+
+@app.command(
+    rich_help_panel=CATALOGUE,
+    epilog=examples(
+        "sfumato reproduce colormae  # its claim, over its five verdict seeds",
+        "sfumato reproduce cbsn --seeds 2  # a quick look: fewer than 5 seeds give no verdict",
+        "sfumato reproduce --all --json",
+    ),
+)
+def reproduce(
+    slugs: Annotated[list[str] | None, typer.Argument(help="Papers whose claims to run.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every paper that has a claim.")] = False,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Other seeds, this many (default: those of the verdict).")] = None,
+    processes: Annotated[int, typer.Option("--processes", min=0, help="Seeds beside each other, one thread each.")] = 2,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where records and pages go.")] = Path("reproduced"),
+    store: Annotated[bool, typer.Option("--store", help="Keep the records in the package (for developers).")] = False,
+    json: AsJson = False,
+) -> None:
+    """Run papers' claims; exit 1 when a verdict got worse than the stored one."""
+    from sfumato.cli import reproduce as work
+
+    if not work.reproduce(slugs or [], everything=all_, seeds=seeds, processes=processes, out=out, store=store, as_json=json):
+        raise typer.Exit(1)
+
+
+runs_app = typer.Typer(no_args_is_help=False, invoke_without_command=True, help="List, show or remove runs.")
+app.add_typer(runs_app, name="runs", rich_help_panel=LOOKING)
+
+
+@runs_app.callback()
+def runs(context: typer.Context, root: Runs = Path("runs"), json: AsJson = False) -> None:
+    """List, show or remove runs."""
+    if context.invoked_subcommand is None:
+        runs_ls(root, json)
+
+
+@runs_app.command("ls", epilog=examples("sfumato runs ls --runs elsewhere/runs --json"))
+def runs_ls(root: Runs = Path("runs"), json: AsJson = False) -> None:
+    """List the runs, newest last."""
+    from sfumato.cli import runs as work
+
+    work.listing(root, json)
+
+
+@runs_app.command("show", epilog=examples("sfumato runs show runs/cbsn/STAMP"))
+def runs_show(run: Annotated[Path, typer.Argument(help="A run folder.")], json: AsJson = False) -> None:
+    """Tell where a run stands."""
+    from sfumato.cli import runs as work
+
+    work.show(run, json)
+
+
+@runs_app.command("rm", epilog=examples("sfumato runs rm runs/cbsn/STAMP --yes"))
+def runs_rm(
+    paths: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove runs."""
+    from sfumato.cli import runs as work
+
+    work.remove(paths, yes)
+
+
+@app.command(rich_help_panel=LOOKING, epilog=examples("sfumato doctor --json  # paste this into a report of a problem"))
+def doctor(json: AsJson = False) -> None:
+    """Tell what this machine is and test that sfumato works on it."""
+    from sfumato.cli import doctor as work
+
+    if not work.doctor(json):
+        raise typer.Exit(1)
 
 
 def main(args: Sequence[str] | None = None) -> None:

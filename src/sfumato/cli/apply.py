@@ -1,0 +1,146 @@
+"""`sfumato apply`: whatever a trained run can do, on a person's own pictures: restore, encode or predict."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato.cli.console import hint, say
+from sfumato.data.images import IMAGE_SUFFIXES, WRITABLE_SUFFIXES, Picture, read_image, write_image
+from sfumato.engine import Run, load
+from sfumato.errors import BadData, BadSetting
+from sfumato.method import Method, capabilities
+
+
+def apply(run: Path, inputs: list[Path], out: Path, *, verb: str | None, device: str) -> None:
+    """Read pictures, do what the run can do, write the results under `out`."""
+    method = load(run, device=device)
+    can = capabilities(method)
+    verb = verb or next(iter(can), None)
+    if verb not in APPLICABLE or verb not in can:
+        able = ", ".join(v for v in can if v in APPLICABLE) or "nothing that apply does"
+        raise BadSetting(f"{run} cannot {verb or 'be applied'}; it can: {able}")
+    pictures = Pictures(inputs)
+    with torch.inference_mode():
+        APPLICABLE[verb](method, pictures, out, run)
+    for path, reason in pictures.skipped:
+        hint(f"skipped {path}: {reason}")
+    if not pictures.done:
+        raise BadData(f"none of the {len(pictures.skipped)} files could be read as a picture")
+
+
+class Pictures:
+    """The pictures among the inputs, read one at a time; what cannot be read is skipped and counted."""
+
+    def __init__(self, inputs: list[Path]) -> None:
+        self.paths = list(expand(inputs))
+        if not self.paths:
+            raise BadData(f"no pictures in {', '.join(map(str, inputs))}; known kinds: {' '.join(sorted(IMAGE_SUFFIXES))}")
+        self.skipped: list[tuple[Path, str]] = []
+        self.done = 0
+
+    def __iter__(self) -> Iterator[tuple[Path, Path, Picture]]:
+        from sfumato.cli.console import progress
+
+        for path, name in progress(self.paths, "pictures"):
+            try:
+                picture = read_image(path)
+            except BadData as error:
+                self.skipped.append((path, str(error)))
+                continue
+            self.done += 1
+            yield path, name, picture
+
+
+def expand(inputs: list[Path]) -> Iterator[tuple[Path, Path]]:
+    """(file, name under the output folder): files by their name, folders with what lies in them."""
+    taken: set[Path] = set()
+    for given in inputs:
+        if given.is_dir():
+            found = sorted(p for p in given.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+            pairs = [(p, p.relative_to(given)) for p in found]
+        elif given.is_file():
+            pairs = [(given, Path(given.name))]
+        else:
+            raise BadData(f"there is no picture or folder {given}")
+        for path, name in pairs:
+            count = 2
+            unique = name
+            while unique in taken:  # two folders may hold files of one name
+                unique, count = name.with_stem(f"{name.stem}-{count}"), count + 1
+            taken.add(unique)
+            yield path, unique
+
+
+def restore(method: Any, pictures: Pictures, out: Path, run: Path) -> None:
+    """Restored pictures under their own names."""
+    for path, name, picture in pictures:
+        target = out / name
+        if target.suffix.lower() not in WRITABLE_SUFFIXES:
+            target = target.with_suffix(".png")
+        if target.resolve() == path.resolve():
+            raise BadSetting(f"{target} would overwrite its own input; give another folder with -o")
+        x = picture.float()[None].to(method.device)
+        restored = with_channels(method.restore, x, channels_of(method))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_image(target, restored[0].cpu(), like=picture)
+        say(str(target))
+
+
+def encode(method: Any, pictures: Pictures, out: Path, run: Path) -> None:
+    """`embeddings.npz`: names and features."""
+    target = out if out.suffix == ".npz" else out / "embeddings.npz"
+    names, features = _each(method, method.encode, pictures)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(target, names=np.array(names), features=features)
+    say(f"{target}  ({len(names)} x {features.shape[1]})")
+
+
+def predict(method: Any, pictures: Pictures, out: Path, run: Path) -> None:
+    """`predictions.csv`: name, most likely class, its probability, then all probabilities."""
+    target = out if out.suffix == ".csv" else out / "predictions.csv"
+    names, values = _each(method, method.predict, pictures)
+    classes = Run(run).config.get("classes") if run.is_dir() else None
+    classes = classes or [str(i) for i in range(values.shape[1])]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "class", "probability", *classes])
+        for name, row in zip(names, values):
+            writer.writerow([name, classes[row.argmax()], f"{row.max():.4f}", *(f"{v:.4f}" for v in row)])
+    say(f"{target}  ({len(names)} pictures)")
+
+
+APPLICABLE: dict[str, Callable[[Method, Pictures, Path, Path], None]] = {"restore": restore, "encode": encode, "predict": predict}
+
+
+def _each(method: Any, fn: Callable[[Tensor], Tensor], pictures: Pictures) -> tuple[list[str], np.ndarray]:
+    names, rows = [], []
+    for _, name, picture in pictures:
+        x = picture.float()[None].to(method.device)
+        channels = channels_of(method)
+        x = x.expand(-1, 3, -1, -1) if channels == 3 and x.shape[1] == 1 else x
+        x = x.mean(1, keepdim=True) if channels == 1 and x.shape[1] == 3 else x
+        rows.append(fn(x)[0].float().cpu().numpy())
+        names.append(str(name))
+    return names, np.stack(rows) if rows else np.zeros((0, 0))
+
+
+def channels_of(method: Any) -> int:
+    """Channels that a method was trained with."""
+    return getattr(method.config, "channels", None) or 3
+
+
+def with_channels(fn: Callable[[Tensor], Tensor], x: Tensor, channels: int) -> Tensor:
+    """Apply a restorer of `channels` channels to a picture of another number: grey as three equal channels, colour one by one."""
+    if x.shape[1] == channels:
+        return fn(x)
+    if x.shape[1] == 1:
+        return fn(x.expand(-1, channels, -1, -1)).mean(1, keepdim=True)
+    return torch.cat([fn(c) for c in x.split(1, dim=1)], dim=1)

@@ -1,0 +1,220 @@
+"""`sfumato train`: any method on a person's own pictures, resumable, on one process or many."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sfumato import catalogue
+from sfumato.cli.console import hint, say, tell_data
+from sfumato.data import open_data
+from sfumato.engine import Options, Run, Trainer, build, load
+from sfumato.errors import BadCheckpoint, BadSetting
+from sfumato.method import Method
+
+
+def train(
+    slug: str,
+    where: str,
+    *,
+    steps: int | None,
+    minutes: float | None,
+    settings: list[str],
+    init: Path | None,
+    preset: str,
+    runs: Path,
+    dry_run: bool,
+    **options: Any,
+) -> Path | None:
+    """Start a new run; returns its folder (None for a dry run or another process than the first)."""
+    if steps is not None and minutes is not None:
+        raise BadSetting("give --steps or --minutes, not both")
+    if (steps is not None and steps < 1) or (minutes is not None and minutes <= 0):
+        raise BadSetting("--steps and --minutes are positive")
+    kind = catalogue.load_method(slug)
+    chosen = parse_settings(settings)
+    if steps is not None:
+        chosen["steps"] = steps
+    images = tell_data(open_data(where, "train"))
+    previous = None if init is None else load(init)
+    build_options = {"preset": preset, "settings": chosen, "seed": options["seed"], "device": options["device"]}
+    method = build(kind, images.facts, **build_options, previous=previous)
+    config = {
+        "slug": slug,
+        "data": absolute(where),
+        "settings": method.config.model_dump(mode="json"),
+        "minutes": minutes,
+        "init": None if init is None else str(init.resolve()),
+        "options": options,
+        "threads": torch.get_num_threads(),
+        "version": catalogue.version(),
+    }
+    if dry_run:
+        rehearse(method, images, Options(**options), minutes)
+        return None
+    say(resolved_line(config))
+    with several_processes(options["device"]) as (main, share):
+        run = Run.create(runs, slug) if main else None
+        run = Run(share(None if run is None else str(run.path)))
+        if main:
+            run.write_config(config)
+        return work(run, method, images, config, main)
+
+
+def resume(path: Path) -> Path | None:
+    """Continue a run that was stopped, killed or moved; every setting comes from its folder."""
+    run = Run.open(path)
+    config = run.config
+    torch.set_num_threads(config.get("threads", torch.get_num_threads()))
+    kind = catalogue.load_method(config["slug"])
+    if any(m.get("done") for m in run.metrics()):
+        hint(f"{path} is finished; `sfumato apply {path} PICTURE -o OUT` uses it")
+        return path
+    images = tell_data(open_data(config["data"], "train"))
+    if run.last_checkpoint is None:  # killed before the first checkpoint: begin as `train` did
+        previous = load(config["init"]) if config["init"] else None
+        seed, device = config["options"]["seed"], config["options"]["device"]
+        method = build(
+            kind, images.facts, preset="paper", settings=config["settings"], seed=seed, device=device, previous=previous
+        )
+    else:
+        method = kind(kind.Config.model_validate(config["settings"]))
+    with several_processes(config["options"]["device"]) as (main, _):
+        return work(run, method, images, config, main)
+
+
+def work(run: Run, method: Method, images: Any, config: dict[str, Any], main: bool) -> Path | None:
+    """Train in a run folder, then write its page."""
+    options = Options(**config["options"])
+    if not main:
+        Trainer(method, images, options, minutes=config["minutes"], run=run).train(show=False)
+        return None
+    with run.lock():
+        trainer = Trainer(method, images, options, minutes=config["minutes"], run=run)
+        if config["minutes"]:
+            say(f"{config['minutes']:g} minutes are about {trainer.ctx.total} steps of {method.config.batch_size}")
+        trainer.train(held_out=open_data(config["data"], "test"))
+        from sfumato.report.run_report import write_run_report
+
+        page = write_run_report(run.path)
+    last = run.metrics()[-1]
+    for name, value in last.get("eval", {}).items():
+        say(f"{name}: {value:.4g}")
+    say(f"{run.path}  ({last['step']} steps, {last['seconds']:.0f} s)\nreport: {page}")
+    hint(f"next: sfumato apply {run.path} PICTURE... -o OUT")
+    return run.path
+
+
+def rehearse(method: Method, images: Any, options: Options, minutes: float | None) -> None:
+    """What a training would cost: parameters, batch shape, seconds a step, memory; nothing is written."""
+    trainer = Trainer(method, images, options)
+    on_gpu = trainer.device.type == "cuda"
+    seconds = []
+    for micro in islice(trainer.batches(0), 4):
+        started = time.perf_counter()
+        trainer.step([b.to(trainer.device) for b in micro], check=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    typical = sorted(seconds[1:])[1]
+    total = int(60 * minutes / typical) if minutes else method.config.steps
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    shape = "x".join(map(str, micro[0].x.shape))
+    say(
+        f"{type(method).__name__}: {trainable:,} parameters\n"
+        f"batch: {options.accumulate} x [{shape}] on {trainer.device}\n"
+        f"time: {typical:.3g} s a step, {total} steps, about {duration(typical * total)} in all\n"
+        f"memory: {peak / 2**30:.2f} GiB at the peak{'' if on_gpu else ' (whole process)'}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """A span of time as a person says it."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """`["lr=1e-3", "color=red"]` as a dict; values are read as YAML, so numbers, booleans, null and lists come out typed."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise BadSetting(f"--set {pair!r} is no NAME=VALUE, such as --set batch_size=32")
+        try:
+            value = yaml.safe_load(text)
+            found[name.strip()] = float(value) if isinstance(value, str) and _is_number(value) else value
+        except yaml.YAMLError:
+            found[name.strip()] = text
+    return found
+
+
+def _is_number(text: str) -> bool:
+    """YAML 1.1 reads 1e-3 as text."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def resolved_line(config: dict[str, Any]) -> str:
+    """One line that says everything and can be pasted into a shell or a report of a problem."""
+    parts = ["sfumato", "train", config["slug"], "--data", config["data"], "--preset", "paper"]
+    for name, value in config["settings"].items():
+        parts += ["--set", f"{name}={yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}"]
+    if config["minutes"]:
+        parts += ["--minutes", str(config["minutes"])]
+    defaults = Options()
+    for name, value in config["options"].items():
+        if value != getattr(defaults, name):
+            parts += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(parts)
+
+
+def absolute(where: str) -> str:
+    """A place that still holds when the run is resumed from another folder."""
+    return str(Path(where).resolve()) if Path(where).exists() else where
+
+
+@contextmanager
+def several_processes(device: str) -> Iterator[Any]:
+    """(is this the first process, a function that hands the first process's value to all)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield True, lambda value: value
+        return
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
+    if not state.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (one voice is enough; lives as long as the process)
+
+    def share(value: Any) -> Any:
+        (value,) = broadcast_object_list([value])
+        return value
+
+    try:
+        yield state.is_main_process, share
+    finally:
+        state.destroy_process_group()
+
+
+def check_resumable(path: Path) -> None:
+    """Refuse a folder that is no run, in one line."""
+    if not (path / "config.yaml").is_file():
+        raise BadCheckpoint(f"{path} is no run folder: it holds no config.yaml")
