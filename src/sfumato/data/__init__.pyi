@@ -1,11 +1,11 @@
 from .batch import Batch as Batch
 from .batch import Facts as Facts
-from .image_writing import write_image as write_image
-from .images import Header as Header
+from .decoding import Header as Header
 from .images import Picture as Picture
 from .images import read_header as read_header
 from .images import read_image as read_image
 from .images import unit_float as unit_float
+from .images import write_image as write_image
 from .samples import digits as digits
 from .samples import faces as faces
 from .samples import moving_crops as moving_crops

@@ -1,9 +1,9 @@
-"""A person's own pictures, read as they are.
+"""A person's own pictures: read as they are, written back as they were.
 
 `read_image` gives upright pixels `[C, H, W]` (grey or RGB, 8 or 16 bits) and keeps beside them what `write_image` needs to give
 the picture back: alpha, colour profile, EXIF, and the range of values of a scientific TIFF. What had to be converted stands in
 `notes`, to be told once. A file that cannot be trusted (truncated, not an image, larger than the pixel limit) is refused with
-one line before memory is spent on it. Only formats that decode without outside programs are opened (no EPS, no PDF).
+one line before memory is spent on it. A 16-bit photograph does not come back with 8 bits, nor without its colour profile.
 
 >>> import tempfile, torch
 >>> from sfumato.data import read_image, write_image
@@ -17,35 +17,29 @@ one line before memory is spent on it. Only formats that decode without outside 
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sfumato.errors import BadData, BadSetting, SfumatoError
+from sfumato.data.decoding import Header, decode, header
+from sfumato.errors import BadData
 
-MAX_PIXELS = 200_000_000
-"""Largest picture that is decoded (width times height), unless `max_pixels=` or SFUMATO_MAX_PIXELS says otherwise."""
-
-READABLE = (
+IMAGE_SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".tif", ".tiff", ".webp", ".avif"),
     *(".bmp", ".dib", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".jpx"),
 )
 """Suffixes of the pictures that `read_image` reads; it looks at the content, not at the suffix."""
-
-_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "AVIF", "BMP", "GIF", "PPM", "JPEG2000")
-_TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_HEIC_HEADS = (b"ftyphei", b"ftyphev", b"ftypmif")
-_ORIENTATION = 0x0112
-# What EXIF of a TIFF is about the scene; its other tags describe the file's own layout and must not travel.
-_TIFF_EXIF = {271, 272, 305, 306, 315, 33432, 34665, 34853}
 
 
 @dataclass(frozen=True)
@@ -78,14 +72,6 @@ class Picture:
         return unit_float(self.pixels)
 
 
-class Header(NamedTuple):
-    """What a file says of its picture before it is decoded (upright)."""
-
-    channels: int
-    height: int
-    width: int
-
-
 def unit_float(pixels: Tensor) -> Tensor:
     """uint8 or uint16 as float32 in [0, 1]; floats as float32."""
     if pixels.is_floating_point():
@@ -106,16 +92,12 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int | None = None) -
     Raises:
         BadData: missing, empty, truncated, not an image, of an unsupported kind, or larger than the limit.
     """
-    with _opened(path) as (file, head):
-        image = _open(file, head)
-        _check_size(_size(image, file), max_pixels)
-        notes: list[str] = []
-        if getattr(image, "is_animated", False) and image.format != "MPO":  # type: ignore[union-attr]
-            notes.append("several frames or pages: the first one is used")
-        array, turned, icc = _decode(file, head, image, notes)
-        orientation, exif = (1, None) if image is None else _exif(image)  # Pillow has turned a TIFF, and says so, only now
-        array, values = _as_stored(array, notes)
-        return _picture(_upright(array, turned or orientation), icc, exif, values, notes)
+    array, icc, exif, values, notes = decode(path, max_pixels)
+    stored = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    if len(stored) in (1, 3):
+        return Picture(stored, None, icc, exif, values, tuple(notes))
+    notes.append("transparency set aside (written back to PNG, TIFF and WebP)")
+    return Picture(stored[:-1], stored[-1:], icc, exif, values, tuple(notes))
 
 
 def read_header(path: str | os.PathLike[str], *, max_pixels: int | None = None) -> Header:
@@ -124,225 +106,113 @@ def read_header(path: str | os.PathLike[str], *, max_pixels: int | None = None) 
     Raises:
         BadData: as `read_image`, as far as the header shows it.
     """
-    with _opened(path) as (file, head):
-        image = _open(file, head)
-        height, width = _size(image, file)
-        _check_size((height, width), max_pixels)
-        if image is None:
-            with _tiff_page(file) as page:
-                return Header(1 if page.samplesperpixel < 3 else 3, height, width)
-        channels = 1 if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I") else 3
-        turned = image.format != "TIFF" and _exif(image)[0] >= 5  # Pillow gives a TIFF's size upright
-        return Header(channels, width, height) if turned else Header(channels, height, width)
+    return header(path, max_pixels)
 
 
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, bytes]]:
-    """The open file and its first bytes; whatever a decoder makes of a damaged file becomes `BadData`."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(32)
-            file.seek(0)
-            if not head:
-                raise BadData("empty file (0 bytes): remove it or copy it again")
-            yield file, head
-    except BadData as error:
-        raise BadData(f"{path}: {error}") from None
-    except SfumatoError:
-        raise
-    except FileNotFoundError:
-        raise BadData(f"{path}: no such file: check the path") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise BadData(f"{path}: cannot be read ({error.strerror}): give a file that may be read") from None
-    except Exception as error:  # decoders raise anything on damaged files: SyntaxError, struct.error, RuntimeError, ...
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise BadData(f"{path}: truncated or damaged image ({reason}): repair or remove it") from None
+def write_image(path: str | os.PathLike[str], x: Tensor, like: Picture | None = None, *, bits: int | None = None) -> None:
+    """Write pixels to a file, as `like` was stored: its bit depth, alpha, colour profile and EXIF where the format has them.
 
+    The file is written aside and renamed, so that no half picture is left behind.
 
-@functools.cache
-def _openers() -> dict[str, tuple[Any, Any]]:
-    Image.init()
-    return {name: Image.OPEN[name] for name in _FORMATS if name in Image.OPEN}
+    Args:
+        path: .png, .tif (8, 16 bits; a TIFF keeps float values), .jpg (quality 95, 4:4:4), .webp, .avif, .bmp, .ppm, .pgm;
+            missing folders are made.
+        x: `[C, H, W]`, C = 1 or 3: float in [0, 1] (clipped), or uint8 or uint16.
+        like: the picture that `x` was made from; its alpha is resampled to the size of `x`.
+        bits: 8 or 16 (PNG and TIFF only); None: those of `like`, else 8.
 
-
-def _open(file: BinaryIO, head: bytes) -> Image.Image | None:
-    """The picture, not yet decoded; None for a TIFF that only tifffile knows.
-
-    Not `Image.open`: its pixel limit is one number for the whole process, and ours is an argument.
+    Raises:
+        BadData: non-finite values, an unknown suffix, or a place that cannot be written to.
     """
-    for factory, accept in _openers().values():
-        if accept(head[:16]) is True:
-            try:
-                image: Image.Image = factory(file, "")
-                return image
-            except (SyntaxError, KeyError):
-                if head[:4] in _TIFF_HEADS:
-                    return None
-                raise
-    kind = "HEIC pictures are not read" if head[4:11] in _HEIC_HEADS else "not an image"
-    raise BadData(f"{kind}: use PNG, JPEG, TIFF, WebP, AVIF, BMP, GIF, PNM or JPEG 2000")
-
-
-def _size(image: Image.Image | None, file: BinaryIO) -> tuple[int, int]:
-    """Height and width as stored, before anything is decoded."""
-    if image is not None:
-        return image.height, image.width
-    with _tiff_page(file) as page:
-        return page.imagelength, page.imagewidth
-
-
-def _check_size(size: tuple[int, int], max_pixels: int | None) -> None:
-    if max_pixels is None:
-        setting = os.environ.get("SFUMATO_MAX_PIXELS", str(MAX_PIXELS))
-        if not setting.isdigit():
-            raise BadSetting(f"SFUMATO_MAX_PIXELS is {setting!r}: say a number of pixels, such as {MAX_PIXELS}")
-        max_pixels = int(setting)
-    height, width = size
-    if height * width > max_pixels:
-        raise BadData(
-            f"{width} x {height} is {height * width / 1e6:.0f} million pixels, the limit is {max_pixels / 1e6:g}: make it"
-            f" smaller, or raise the limit with SFUMATO_MAX_PIXELS={height * width}"
-        )
-
-
-def _exif(image: Image.Image) -> tuple[int, bytes | None]:
-    """Orientation (1 to 8), and the block to write back with the orientation set to upright."""
+    path = Path(path)
+    if x.ndim != 3 or len(x) not in (1, 3):
+        raise ValueError(f"a picture is [1 or 3, H, W], not {list(x.shape)}")
+    x = unit_float(x.detach().cpu())
+    if not torch.isfinite(x).all():
+        raise BadData(f"{path}: the picture to write holds NaN or infinite values; nothing was written")
+    save = _WRITERS.get(path.suffix.lower())
+    if save is None:
+        raise BadData(f"{path}: cannot write {path.suffix or 'a file without suffix'}: say {', '.join(sorted(_WRITERS))}")
+    like = like or Picture(torch.empty(0, dtype=torch.uint8))
+    aside = path.with_name(f".{path.name}.part")
     try:
-        exif = image.getexif()
-        orientation = exif.get(_ORIENTATION, 1)
-        if image.format == "TIFF":
-            for tag in set(exif) - _TIFF_EXIF:
-                del exif[tag]
-        if not len(exif):
-            return 1, None
-        exif[_ORIENTATION] = 1
-        return (orientation if orientation in range(1, 9) else 1), exif.tobytes()
-    except Exception:  # a damaged EXIF block is no reason to refuse good pixels
-        return 1, None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(aside, x, like, bits or like.bits)
+        os.replace(aside, path)
+    except OSError as error:
+        raise BadData(f"{path}: cannot be written ({error.strerror or error}): choose another place or free some space") from None
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
-def _decode(
-    file: BinaryIO, head: bytes, image: Image.Image | None, notes: list[str]
-) -> tuple[np.ndarray, int | None, bytes | None]:
-    """Pixels, the orientation where Pillow does not know it, and the profile that the pixels speak of."""
-    if head[:4] in _TIFF_HEADS and (image is None or max(image.tag_v2.get(258, (1,))) > 8):  # type: ignore[attr-defined]
-        return _decode_tiff(file, image, notes)
-    assert image is not None  # only a TIFF may be unknown to Pillow
-    if head[12:16] == b"IHDR" and head[24] == 16:
-        return _decode_png16(file), None, image.info.get("icc_profile")
-    array, icc = _decode_pillow(image, notes)
-    return array, None, icc
+def _write_pillow(path: Path, x: Tensor, like: Picture, bits: int, *, format: str, alpha: bool = False, **options: Any) -> None:
+    image = Image.fromarray(_levels(x, like, 8, alpha))
+    if like.exif and not (format == "JPEG" and len(like.exif) > 65_500):  # what one JPEG segment holds
+        options["exif"] = like.exif
+    image.save(path, format=format, icc_profile=_profile(like, len(x)), **options)
 
 
-def _decode_pillow(image: Image.Image, notes: list[str]) -> tuple[np.ndarray, bytes | None]:
-    """Any mode of Pillow as grey, grey + alpha, RGB or RGBA (or one channel of floats or integers)."""
-    mode, icc = image.mode, image.info.get("icc_profile")
-    if mode in ("RGB", "L") and "transparency" not in image.info:
-        return np.array(image), icc
-    if mode.startswith(("I", "F")):
-        array = np.array(image)  # a 16-bit PNM comes as 32-bit integers
-        return (array.astype(np.uint16) if mode.startswith("I;16") or (image.format == "PPM" and mode == "I") else array), icc
-    if mode == "LAB":
-        raise BadData("its colours are CIE L*a*b*: convert it to RGB")
-    if mode == "CMYK":
-        notes.append("CMYK made RGB")
-        return np.array(_cmyk_to_rgb(image, icc)), None
-    if mode in ("1", "P", "PA"):
-        notes.append("black and white made 8-bit grey" if mode == "1" else "palette made RGB")
-    grey = mode in ("1", "L", "LA", "La")
-    return np.array(image.convert(("L" if grey else "RGB") + ("A" if image.has_transparency_data else ""))), icc
+def _write_png(path: Path, x: Tensor, like: Picture, bits: int) -> None:
+    if bits == 8:
+        return _write_pillow(path, x, like, 8, format="PNG", alpha=True)
+    import png
+
+    array = _levels(x, like, 16, True)
+    height, width, depth = *array.shape[:2], array.size // (array.shape[0] * array.shape[1])
+    body = io.BytesIO()
+    writer = png.Writer(width, height, greyscale=depth < 3, alpha=depth in (2, 4), bitdepth=16)
+    writer.write_packed(body, (row.tobytes() for row in array.astype(">u2")))
+    stored = body.getvalue()
+    with open(path, "wb") as file:
+        file.write(stored[:33])  # the signature and IHDR; pypng has no words for the two chunks that follow
+        if icc := _profile(like, len(x)):
+            png.write_chunk(file, b"iCCP", b"icc\0\0" + zlib.compress(icc))
+        if like.exif:
+            png.write_chunk(file, b"eXIf", like.exif.removeprefix(b"Exif\0\0"))
+        file.write(stored[33:])
 
 
-def _cmyk_to_rgb(image: Image.Image, icc: bytes | None) -> Image.Image:
-    """By the picture's own profile where it has one, else by Pillow's formula."""
-    from PIL import ImageCms
-
-    if icc:
-        with contextlib.suppress(ImageCms.PyCMSError, OSError):
-            profiles = ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB")
-            return ImageCms.profileToProfile(image, *profiles, outputMode="RGB") or image.convert("RGB")
-    return image.convert("RGB")
-
-
-def _decode_png16(file: BinaryIO) -> np.ndarray:
-    """16-bit PNG `[H, W, C]`: Pillow would keep 8 bits of a colour one."""
-    from torchvision.io import ImageReadMode, decode_png
-
-    file.seek(0)
-    stored = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-    pixels: Tensor = decode_png(stored, ImageReadMode.UNCHANGED)
-    return pixels.permute(1, 2, 0).numpy()
-
-
-@contextlib.contextmanager
-def _tiff_page(file: BinaryIO) -> Iterator[Any]:
+def _write_tiff(path: Path, x: Tensor, like: Picture, bits: int) -> None:
+    if bits == 8:
+        return _write_pillow(path, x, like, 8, format="TIFF", alpha=True, compression="tiff_deflate")
     import tifffile
 
-    file.seek(0)
-    with tifffile.TiffFile(file) as stack:
-        yield stack.pages.first
+    array = _levels(x, like, 16, True)
+    if like.values is not None:
+        low, high = like.values
+        array = x.double().mul(high - low).add(low).float().permute(1, 2, 0).squeeze(-1).numpy()
+    tifffile.imwrite(
+        path, array, photometric="rgb" if len(x) == 3 else "minisblack", compression="zlib", metadata=None,
+        extrasamples=["unassalpha"] if array.ndim == 3 and array.shape[-1] in (2, 4) else None, iccprofile=_profile(like, len(x)),
+    )  # fmt: skip
 
 
-def _decode_tiff(file: BinaryIO, image: Image.Image | None, notes: list[str]) -> tuple[np.ndarray, int | None, bytes | None]:
-    """A TIFF of more than 8 bits, or one that Pillow does not know."""
-    with _tiff_page(file) as page:
-        orientation, icc = (page.tags[tag].value if tag in page.tags else None for tag in (_ORIENTATION, 34675))
-        try:
-            array = page.asarray()
-        except (KeyError, ValueError) as error:
-            if "imagecodecs" not in str(error):
-                raise
-            if image is None:
-                raise BadData("its compression needs one more package: pip install imagecodecs, or save it plain") from None
-            if image.mode.startswith("RGB"):
-                notes.append("compressed 16-bit TIFF read with 8 bits (pip install imagecodecs to keep 16)")
-            array, icc = _decode_pillow(image, notes)
-            return array, None, icc
-        if page.axes == "SYX":
-            array = np.moveaxis(array, 0, -1)
-        elif page.axes not in ("YX", "YXS"):
-            raise BadData(f"its axes are {page.axes}: save it as one plane of grey or RGB")
-        if page.photometric == 0 and array.dtype.kind == "u":  # white is zero
-            array = np.iinfo(array.dtype).max - array
-        return array, orientation, icc
+def _levels(x: Tensor, like: Picture, bits: int, alpha: bool) -> np.ndarray:
+    """`[H, W]` or `[H, W, C]` of the wanted bits, with the alpha of `like` where it is wanted."""
+    if alpha and like.alpha is not None:
+        mask = unit_float(like.alpha)
+        if mask.shape[1:] != x.shape[1:]:
+            mask = F.interpolate(mask[None], x.shape[1:], mode="bilinear", antialias=True)[0]
+        x = torch.cat((x, mask))
+    levels = x.clamp(0, 1).mul(2**bits - 1).round().permute(1, 2, 0).numpy().astype(np.uint8 if bits == 8 else np.uint16)
+    return levels[..., 0] if len(x) == 1 else levels
 
 
-def _as_stored(array: np.ndarray, notes: list[str]) -> tuple[np.ndarray, tuple[float, float] | None]:
-    """8- and 16-bit pixels as they are; others as 16 bits, with what 0 and 1 stand for."""
-    if array.dtype in (np.uint8, np.uint16):
-        return array, None
-    if array.dtype.kind == "b":
-        notes.append("black and white made 8-bit grey")
-        return array.astype(np.uint8) * 255, None
-    if array.dtype.kind not in "iuf":
-        raise BadData(f"its values are {array.dtype}: save it as 8 or 16 bits, or as floats")
-    if not np.isfinite(array).all():
-        raise BadData("holds NaN or infinite values: replace them by numbers")
-    low, high = float(array.min()), float(array.max())
-    if array.dtype.kind == "f" and low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    notes.append("float or wide integer values read with 16 bits" + ("" if (low, high) == (0, 1) else ", scaled to their range"))
-    unit = (array.astype(np.float64) - low) / (high - low or 1)
-    return np.rint(unit * 65535).astype(np.uint16), (low, high if high > low else low + 1)
+def _profile(like: Picture, channels: int) -> bytes | None:
+    """The colour profile, unless it speaks of another number of channels."""
+    return like.icc if like.icc and like.icc[16:20] == {1: b"GRAY", 3: b"RGB "}[channels] else None
 
 
-def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an EXIF orientation: 5 to 8 exchange the axes, then rows and columns are mirrored."""
-    array = array[..., None] if array.ndim == 2 else array
-    array = array.swapaxes(0, 1) if orientation >= 5 else array
-    array = array[::-1] if orientation in (3, 4, 7, 8) else array
-    return array[:, ::-1] if orientation in (2, 3, 6, 7) else array
+_WRITERS: dict[str, Callable[[Path, Tensor, Picture, int], None]] = {
+    ".png": _write_png,
+    **dict.fromkeys((".tif", ".tiff"), _write_tiff),
+    **dict.fromkeys((".jpg", ".jpeg"), partial(_write_pillow, format="JPEG", quality=95, subsampling=0)),
+    ".webp": partial(_write_pillow, format="WEBP", alpha=True, quality=95),
+    ".avif": partial(_write_pillow, format="AVIF", alpha=True, quality=90, subsampling="4:4:4"),
+    ".bmp": partial(_write_pillow, format="BMP"),
+    **dict.fromkeys((".ppm", ".pgm"), partial(_write_pillow, format="PPM")),
+}
 
-
-def _picture(
-    array: np.ndarray, icc: bytes | None, exif: bytes | None, values: tuple[float, float] | None, notes: list[str]
-) -> Picture:
-    channels = array.shape[-1]
-    if channels > 4:
-        raise BadData(f"{channels} channels: pictures have 1 (grey) or 3 (RGB), and maybe alpha")
-    stored = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
-    alpha = stored[-1:] if channels in (2, 4) else None
-    if alpha is not None:
-        notes.append("transparency set aside (written back to PNG, TIFF and WebP)")
-        stored = stored[:-1]
-    return Picture(stored, alpha, icc, exif, values, tuple(notes))
+WRITABLE_SUFFIXES = tuple(_WRITERS)
+"""Suffixes that `write_image` writes."""
