@@ -61,7 +61,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SfumatoError, match="No space left.*earlier checkpoints are intact"):
+    with pytest.raises(SfumatoError, match=r"No space left.*earlier checkpoints are intact"):
         checkpoint.save(tmp_path / "step-2.safetensors", {"w": torch.zeros(2)})
     assert [p.name for p in tmp_path.iterdir()] == ["step-1.safetensors"]
     assert checkpoint.read(tmp_path / "step-1.safetensors")["w"].sum() == 2

@@ -65,7 +65,7 @@ class Curvature(Masked):
     """An optimizer that wants Hessian-vector products."""
 
     def optimizers(self):
-        from sfumato.optim import AdaHessian
+        from sfumato.optim.adahessian import AdaHessian
 
         return {"net": AdaHessian(self.net.parameters(), lr=0.01)}
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import yaml
 
 from sfumato import catalogue
 from sfumato.cli.console import hint, say, tell_data
-from sfumato.data import open_data
-from sfumato.engine import Options, Run, Trainer, build, load
-from sfumato.errors import BadCheckpoint, BadSetting
+from sfumato.data import Facts, open_data
+from sfumato.engine import Options, Run, Trainer, build, initialise, load
+from sfumato.engine.checkpoint import is_checkpoint
+from sfumato.errors import BadSetting
 from sfumato.method import Method
 
 
@@ -47,9 +49,7 @@ def train(
     if steps is not None:
         chosen["steps"] = steps
     images = tell_data(open_data(where, "train"))
-    previous = None if init is None else load(init)
-    build_options = {"preset": preset, "settings": chosen, "seed": options["seed"], "device": options["device"]}
-    method = build(kind, images.facts, **build_options, previous=previous)
+    method = new_method(kind, images.facts, init, preset=preset, settings=chosen, seed=options["seed"], device=options["device"])
     config = {
         "slug": slug,
         "data": absolute(where),
@@ -57,8 +57,9 @@ def train(
         "minutes": minutes,
         "init": None if init is None else str(init.resolve()),
         "options": options,
+        "classes": images.facts.classes and list(images.facts.classes),
         "threads": torch.get_num_threads(),
-        "version": catalogue.version(),
+        "version": version("sfumato"),
     }
     if dry_run:
         rehearse(method, images, Options(**options), minutes)
@@ -94,6 +95,15 @@ def resume(path: Path) -> Path | None:
         return work(run, method, images, config, main)
 
 
+def new_method(kind: type[Method], facts: Facts, init: Path | None, **build_options: Any) -> Method:
+    """A method as it starts: fresh, from another run, or with a person's own weights in it."""
+    if init is None or init.is_dir() or is_checkpoint(init):
+        return build(kind, facts, **build_options, previous=None if init is None else load(init))
+    method = build(kind, facts, **build_options)
+    initialise(method, init)
+    return method
+
+
 def work(run: Run, method: Method, images: Any, config: dict[str, Any], main: bool) -> Path | None:
     """Train in a run folder, then write its page."""
     options = Options(**config["options"])
@@ -102,6 +112,7 @@ def work(run: Run, method: Method, images: Any, config: dict[str, Any], main: bo
         return None
     with run.lock():
         trainer = Trainer(method, images, options, minutes=config["minutes"], run=run)
+        run.write_config(config | {"total": trainer.ctx.total})
         if config["minutes"]:
             say(f"{config['minutes']:g} minutes are about {trainer.ctx.total} steps of {method.config.batch_size}")
         trainer.train(held_out=open_data(config["data"], "test"))
@@ -212,9 +223,3 @@ def several_processes(device: str) -> Iterator[Any]:
         yield state.is_main_process, share
     finally:
         state.destroy_process_group()
-
-
-def check_resumable(path: Path) -> None:
-    """Refuse a folder that is no run, in one line."""
-    if not (path / "config.yaml").is_file():
-        raise BadCheckpoint(f"{path} is no run folder: it holds no config.yaml")

@@ -1,5 +1,6 @@
 from . import checkpoint as checkpoint
 from .loading import build as build
+from .loading import initialise as initialise
 from .loading import load as load
 from .lab import Lab as Lab
 from .lab import reproduce as reproduce

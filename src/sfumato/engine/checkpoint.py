@@ -72,6 +72,17 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is one of our checkpoints (not a person's own weights)."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return "sfumato" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def listing(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     found = [(int(m[1]), p) for p in folder.glob("step-*.safetensors") if (m := _NAME.fullmatch(p.name))]

@@ -78,6 +78,42 @@ def configure(config: type[MethodConfig], preset: str, settings: dict[str, Any])
         ) from None
 
 
+def initialise(method: Method, path: Path) -> None:
+    """Put a person's own weights (`.pth`, `.pt`, `.safetensors`) into a method, or into the one of its networks that they fit."""
+    state = read_weights(path)
+    for module in (method, *method.children()):
+        if module.state_dict().keys() == state.keys():
+            return load_weights(module, state, path)
+    wanted, given = next(iter(method.state_dict())), next(iter(state), "nothing")
+    raise BadCheckpoint(
+        f"the weights in {path} fit no network of {type(method).__name__} (it has {wanted}, ..., the file {given}, ...)"
+    )
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The tensors of a weights file; nothing is unpickled."""
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise BadCheckpoint(f"there are no weights at {path}")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        raise BadCheckpoint(
+            f"{path} holds more than tensors, and reading that could run code: save its state_dict() instead"
+        ) from None
+    except (SafetensorError, RuntimeError, OSError, EOFError) as error:
+        raise BadCheckpoint(f"{path} is damaged or no weights file ({error})") from None
+    for name in ("state_dict", "model"):
+        state = state[name] if isinstance(state, dict) and isinstance(state.get(name), dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise BadCheckpoint(f"{path} holds no table of tensors")
+    return dict(state)
+
+
 def load(source: str | Path, *, kind: type[Method] | None = None, device: str = "cpu") -> Method:
     """A trained method, in eval mode.
 

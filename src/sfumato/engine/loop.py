@@ -348,13 +348,13 @@ class Trainer:
                     buffer.copy_(broadcast(buffer))
 
 
-def load_weights(method: Method, state: dict[str, Any], source: Any) -> None:
+def load_weights(module: nn.Module, state: dict[str, Any], source: Any) -> None:
     """Load a state, saying in one line what does not fit."""
     try:
-        method.load_state_dict(state)
+        module.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise BadCheckpoint(f"{source} does not fit {type(method).__name__} ({reason})") from None
+        raise BadCheckpoint(f"{source} does not fit {type(module).__name__} ({reason})") from None
 
 
 def as_data(data: Any) -> Any:

@@ -1,0 +1,179 @@
+"""What a new user does: train on their own pictures, apply, export, fine-tune, look around."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.data import photo_crops, photos
+
+ENCODER = [
+    "--set",
+    "image_size=16",
+    "--set",
+    "patch=4",
+    "--set",
+    "dim=16",
+    "--set",
+    "depth=2",
+    "--set",
+    "decoder_dim=16",
+    "--set",
+    "batch_size=4",
+]
+
+
+def save(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return path
+
+
+@pytest.fixture
+def my_photos(tmp_path):
+    for i, photo in enumerate(photos("test")):
+        save(tmp_path / "my_photos" / f"photo {i}.png", photo[:, : 90 + 7 * i, :101])
+    return tmp_path / "my_photos"
+
+
+def run_of(tmp_path, slug):
+    return max((tmp_path / "runs" / slug).iterdir())
+
+
+def test_restore_a_persons_own_pictures(sfumato, tmp_path, my_photos):
+    done = sfumato(
+        "train",
+        "cbsn",
+        "--data",
+        "my_photos/",
+        "--device",
+        "cpu",
+        "--steps",
+        "2",
+        "--set",
+        "width=4",
+        "--set",
+        "modules=1",
+        "--set",
+        "patch=30",
+    )
+    assert done.code == 0, done.err
+    run = run_of(tmp_path, "cbsn")
+    assert (run / "report.html").stat().st_size > 10_000
+    rotated = Image.fromarray(photos("test")[0][:, :60, :80].permute(1, 2, 0).numpy())
+    exif = rotated.getexif()
+    exif[0x0112] = 6  # shown turned by a quarter
+    rotated.save(tmp_path / "noisy2.jpg", exif=exif)
+    deep = (np.random.default_rng(0).random((33, 47)) * 65535).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    done = sfumato("apply", run, "my_photos/photo 1.png", "noisy2.jpg", "deep.png", "-o", "out/")
+    assert done.code == 0, done.err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["deep.png", "noisy2.jpg", "photo 1.png"]
+    with Image.open(tmp_path / "out" / "noisy2.jpg") as turned:
+        assert turned.size == (60, 80)
+        assert turned.getexif().get(0x0112, 1) == 1
+    with Image.open(tmp_path / "out" / "deep.png") as still_deep:
+        assert still_deep.mode in ("I;16", "I")
+        assert still_deep.size == (47, 33)
+    with Image.open(tmp_path / "out" / "photo 1.png") as restored:
+        assert restored.size == (101, 97)
+
+
+def test_embed_export_and_fine_tune(sfumato, tmp_path, my_photos):
+    done = sfumato("train", "colormae", "--data", "my_photos/", "--device", "cpu", "--steps", "3", *ENCODER)
+    assert done.code == 0, done.err
+    run = run_of(tmp_path, "colormae")
+    assert sfumato("apply", run, "my_photos", "-o", "out").code == 0
+    with np.load(tmp_path / "out" / "embeddings.npz") as found:
+        assert found["features"].shape == (3, 16)
+        assert list(found["names"]) == ["photo 0.png", "photo 1.png", "photo 2.png"]
+
+    import sfumato as package
+
+    method = package.load(run)
+    x = photo_crops(2, 16, generator=torch.Generator().manual_seed(0))
+    features = method.encode(x)
+    assert features.shape == (2, 16)
+
+    assert sfumato("export", run, "--timm", "vit.safetensors", "--weights", "all.safetensors").code == 0
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+    from timm.models.vision_transformer import VisionTransformer
+
+    with safe_open(tmp_path / "vit.safetensors", "pt") as file:
+        plain = VisionTransformer(**json.loads(file.metadata()["timm"]))
+    plain.load_state_dict(load_file(tmp_path / "vit.safetensors"))
+    plain.eval()
+
+    for name, photo in zip(("cat", "coin"), photos("test")):
+        for i in range(4):
+            save(tmp_path / "classes" / name / f"{i}.png", photo[:, 16 * i : 16 * i + 16, :16])
+    done = sfumato(
+        *("train", "classifier", "--data", "classes", "--init", run, "--set", "optimizer=adahessian", "--set", "batch_size=4"),
+        *("--set", "image_size=16", "--device", "cpu", "--steps", "3"),
+    )
+    assert done.code == 0, done.err
+    fine = run_of(tmp_path, "classifier")
+    assert sfumato("apply", fine, "classes", "-o", "p.csv").code == 0
+    with open(tmp_path / "p.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert {r["class"] for r in rows} <= {"cat", "coin"}
+    assert all(abs(float(r["cat"]) + float(r["coin"]) - 1) < 1e-3 for r in rows)
+
+
+def test_dry_run_writes_nothing(sfumato, tmp_path):
+    done = sfumato("train", "mae", "--data", "sample:digits", "--device", "cpu", "--dry-run", *ENCODER)
+    assert done.code == 0, done.err
+    assert "parameters" in done.out
+    assert "s a step" in done.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_resolved_line_trains_the_same_again(sfumato, tmp_path):
+    words = ["train", "mae", "--data", "sample:digits", "--device", "cpu", "--steps", "3", "--log-every", "1", *ENCODER]
+    first = sfumato(*words)
+    line = next(line for line in first.out.splitlines() if line.startswith("sfumato train"))
+    import shlex
+
+    again = sfumato(*shlex.split(line)[1:])
+    assert again.code == 0, again.err
+    a, b = sorted((tmp_path / "runs" / "mae").iterdir())
+    losses = [[json.loads(x).get("loss") for x in (r / "metrics.jsonl").read_text().splitlines()] for r in (a, b)]
+    assert losses[0] == losses[1]
+
+
+def test_runs_are_listed_shown_and_removed(sfumato, tmp_path):
+    assert "no runs" in sfumato("runs").err
+    words = ["train", "mae", "--data", "sample:digits", "--device", "cpu", "--steps", "2", *ENCODER]
+    assert sfumato(*words).code == 0
+    listed = json.loads(sfumato("runs", "ls", "--json").out)
+    assert [r["state"] for r in listed] == ["done"]
+    assert listed[0]["step"] == 2
+    shown = sfumato("runs", "show", listed[0]["run"])
+    assert "mask_ratio" in shown.out
+    assert "mae" in sfumato("runs").out
+    again = sfumato("train", "--resume", listed[0]["run"])
+    assert again.code == 0
+    assert "finished" in again.err
+    assert sfumato("runs", "rm", listed[0]["run"], "--yes").code == 0
+    assert json.loads(sfumato("runs", "ls", "--json").out) == []
+    assert sfumato("runs", "rm", tmp_path, "--yes").code == 2
+
+
+def test_doctor(sfumato):
+    done = sfumato("doctor", "--json")
+    found = json.loads(done.out)
+    assert done.code == 0, found["self_test"]
+    assert found["well"]
+    assert found["packages"]["torch"] != "missing"
+
+
+def test_every_command_has_help_with_examples(sfumato):
+    for command in ("papers", "show", "train", "apply", "export", "reproduce", "doctor", "demo"):
+        done = sfumato(command, "--help")
+        assert done.code == 0
+        assert "Examples" in done.out, command
