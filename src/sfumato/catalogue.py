@@ -40,14 +40,14 @@ RECORDS = HERE / "records"
 FAMILIES = {
     "masking": "masked pre-training",
     "restoration": "restoring pictures",
-    "superresolution": "super-resolution, faces, garments",
+    "superresolution": "sharper pictures and video",
     "diffusion": "diffusion models",
     "optimization": "optimizers, losses, bases",
     "dynamics": "why training works",
     "representation": "what representations hold",
     "robustness": "robustness and attacks",
-    "sparsity": "gates, pruning, sparse codes",
-    "systems": "scenes, codecs, solvers",
+    "sparsity": "gates, pruning, sparse recovery",
+    "systems": "attention, operators, codecs",
 }
 """The ten families, in the order of the listing, with a word on each."""
 
@@ -80,10 +80,10 @@ class Row:
 
     Args:
         authors: as far as our source names them; `authors_note` says what is missing.
-        year: None where there is no paper.
+        year: when it first appeared; None where there is no paper.
         arxiv: identifier, or "".
         module: `"package.module:Class"` of what trains; without `:Class` the module holds parts, a study or a claim only.
-        kind: one of `method` (trains), `part` (used inside another training), `study` (an experiment), `base`.
+        kind: `method` (trains), `part` (plugs into another run), `study` (an experiment), `base` (what methods start from).
         parts: public names with their room, such as `"masks.color_noise_mask"`.
         batch: what it eats: `images`, `labelled`, `pairs`, `video`, ...
         fidelity: what is reconstruction, our choice or unverified.
@@ -240,7 +240,7 @@ def load_method(slug: str) -> type[Method]:
         hint = f"; built and nearest: {', '.join(near)}" if near else ""
         raise NotBuilt(f"{slug} is not built yet ({row.kind}: {row.summary.rstrip('.')}){hint}. See: sfumato show {slug}")
     if not row.trains:
-        what = "a part for another training" if row.kind == "part" else "a study"
+        what = "a part that plugs into another run" if row.kind == "part" else "a study"
         instead = f"run instead: {row.run[0]}" if row.run else f"see: sfumato show {slug}"
         raise NoMethod(f"{slug} is {what}, not something to train by itself; {instead}")
     module, _, name = row.module.partition(":")

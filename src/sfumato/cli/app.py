@@ -1,6 +1,6 @@
 """The commands, and how they end. A command here only declares its words; the module that does the work is imported in its body.
 
-So `sfumato --help`, `papers` and `show` start in a fraction of a second: nothing imports torch or pydantic before a command
+So `sfumato --help`, `papers` and `show` start in a fraction of a second: nothing heavy is imported before a command
 needs it. To add a command, write a plain function in `sfumato/cli/<name>.py` and a thin one here.
 
 How a command ends: 0 done; 1 it ran and the answer is no; 2 something to mend, said in one line on stderr; 130 interrupted.

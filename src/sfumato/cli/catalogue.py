@@ -1,4 +1,4 @@
-"""`sfumato papers` and `sfumato show`: the catalogue for a person, or as JSON for a script. Imports neither torch nor pydantic.
+"""`sfumato papers` and `sfumato show`: the catalogue for a person, or as JSON for a script. Imports nothing heavy.
 
 On a terminal, tables in the width of the window; in a pipe, one plain line a paper with the slug first.
 """
@@ -88,11 +88,11 @@ def show(slug: str, *, as_json: bool = False) -> None:
 
 
 def _origin(row: Row) -> str:
-    """Who, where, when, and where it stands in the house."""
-    authors = ", ".join(row.authors) + (f" ({row.authors_note})" if row.authors_note else "")
-    when = row.venue if row.year and str(row.year) in row.venue else " ".join(filter(None, [row.venue, str(row.year or "")]))
-    paper = [authors, when, f"arXiv {row.arxiv}" if row.arxiv else ""]
-    return " · ".join(filter(None, [*paper, f"{row.kind} in {row.family}"]))
+    """Who, when, where, and where it stands in the house."""
+    authors = ", ".join(row.authors) + (f" ({row.authors_note})" if row.authors and row.authors_note else "")
+    when = row.venue if str(row.year) in row.venue else f"{row.year} ({row.venue})" if row.venue else str(row.year or "")
+    arxiv = f"arXiv {row.arxiv}" if row.arxiv else ""
+    return " · ".join(filter(None, [authors or row.authors_note, when, arxiv, f"{row.kind} in {row.family}"]))
 
 
 def _sections(row: Row, stored: dict[str, Any] | None) -> Iterator[tuple[str, RenderableType]]:
