@@ -122,7 +122,7 @@ def test_show_prints_the_stored_outcome(capsys, monkeypatch, tmp_path):
     record = {
         "slug": "cbsn",
         "claims": [claim],
-        "commit": "0123456789abcdef",
+        "commit": "0123456-dirty",
         "versions": {},
         "seconds": 61.4,
         "date": "2026-01-02",
@@ -134,9 +134,12 @@ def test_show_prints_the_stored_outcome(capsys, monkeypatch, tmp_path):
     assert "reproduced it denoises (5 seeds)" in told
     assert "C-BSN above BSN in psnr: +2.5, 95 % [+1.75, +3.25], margin 1.5" in told
     assert "a note" in told
-    assert "2026-01-02, commit 0123456789, 61 s" in told
+    assert "2026-01-02, commit 0123456-dirty, 61 s" in told
     _, out, _ = run(capsys, "show", "cbsn", "--json")
     assert json.loads(out)["record"] == record
+    (tmp_path / "cbsn.json").write_text(json.dumps(record | {"commit": None}))  # an installed wheel knows no commit
+    _, out, _ = run(capsys, "show", "cbsn")
+    assert "2026-01-02, 61 s" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(

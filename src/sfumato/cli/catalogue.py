@@ -122,7 +122,8 @@ def _outcome(row: Row, stored: dict[str, Any] | None) -> RenderableType:
             lines.append(Text.assemble("  ", _verdict(finding["verdict"]), f"  {finding['condition']}{_interval(finding)}"))
         if claim.get("note"):
             lines.append(Text(f"  {claim['note']}", "dim"))
-    lines.append(Text(f"{stored['date']}, commit {stored['commit'][:10]}, {stored['seconds']:.0f} s", "dim"))
+    source = f"commit {stored['commit']}, " if stored.get("commit") else ""
+    lines.append(Text(f"{stored['date']}, {source}{stored['seconds']:.0f} s", "dim"))
     return Text("\n").join(lines)
 
 
