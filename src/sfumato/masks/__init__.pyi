@@ -1,0 +1,16 @@
+from .block_masks import block_mask as block_mask
+from .color_noise import NoiseBank as NoiseBank
+from .color_noise import color_noise_mask as color_noise_mask
+from .color_noise import colored_noise as colored_noise
+from .color_noise import transfer_function as transfer_function
+from .fills import fill as fill
+from .fills import mask_difficulty as mask_difficulty
+from .fills import mosaic as mosaic
+from .fills import normalized_convolution as normalized_convolution
+from .random_masks import count_hidden as count_hidden
+from .random_masks import grid_shape as grid_shape
+from .random_masks import mask_from_scores as mask_from_scores
+from .random_masks import random_mask as random_mask
+from .token_index import take_tokens as take_tokens
+from .token_index import to_ids as to_ids
+from .token_index import upsample_mask as upsample_mask
