@@ -64,7 +64,7 @@ class Setting:
 
     Args:
         default: the paper's value (None: no value, or taken from the data).
-        small: the value of the CPU preset where it differs, else None.
+        small: the value of the CPU preset where it differs ("none" for no value), else None.
     """
 
     name: str
@@ -273,7 +273,7 @@ def settings_of(config: type[MethodConfig]) -> list[Setting]:
     rows = []
     for name, info in config.model_fields.items():
         default, preset = _plain(getattr(paper, name)), _plain(getattr(small, name))
-        other = preset if preset != default else None
+        other = None if preset == default else "none" if preset is None else preset
         rows.append(Setting(name, _type_name(info.annotation), info.description or "", default, other))
     return rows
 

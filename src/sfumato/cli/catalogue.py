@@ -78,7 +78,7 @@ def show(slug: str, *, as_json: bool = False) -> None:
     console = Console(highlight=False)
     console.print(Text.assemble((row.slug, "bold magenta"), "  ", (row.title, "bold")))
     console.print(Text(_origin(row), "dim"))
-    page = Table.grid(padding=(0, 2, 1, 0), expand=True)
+    page = Table.grid(padding=(0, 2), expand=True)
     page.add_column(width=8, style="bold")
     page.add_column(ratio=1)
     for label, content in _sections(row, stored):
@@ -148,7 +148,7 @@ def _how_to_run(row: Row) -> RenderableType:
 
 
 def _settings(row: Row) -> Table:
-    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    table = Table.grid(padding=(0, 2), expand=True)
     for _ in range(2):
         table.add_column(no_wrap=True)
     with_preset = any(s.small is not None for s in row.settings)
