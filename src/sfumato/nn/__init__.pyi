@@ -1,3 +1,13 @@
 from .flat import flatten_params as flatten_params
 from .flat import layer_slices as layer_slices
 from .flat import unflatten_params as unflatten_params
+from .masked_vit import EncoderOutput as EncoderOutput
+from .masked_vit import MaskedDecoder as MaskedDecoder
+from .masked_vit import MaskedViTEncoder as MaskedViTEncoder
+from .patches import fold_patches as fold_patches
+from .patches import patchify as patchify
+from .patches import unfold_patches as unfold_patches
+from .patches import unpatchify as unpatchify
+from .pixel_head import PixelShuffleHead as PixelShuffleHead
+from .positions import RelativePositionBias as RelativePositionBias
+from .positions import sincos_2d as sincos_2d
