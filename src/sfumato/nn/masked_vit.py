@@ -267,14 +267,14 @@ class MaskedViTEncoder(nn.Module):
         if self.settings["positions"] == "sincos":
             like = self.pos_embed
             return sincos_2d(self.dim, grid, cls=bool(self.prefix), dtype=like.dtype, device=like.device)[None]
-        from timm.layers import resample_abs_pos_embed
+        from timm.layers.pos_embed import resample_abs_pos_embed
 
         resized: Tensor = resample_abs_pos_embed(self.pos_embed, list(grid), list(self.grid), num_prefix_tokens=self.prefix)
         return resized
 
     def _add_positions(self, z: Tensor, grid: tuple[int, int], ids: Tensor | None) -> Tensor:
         """Positions added, the class token put first: `[B, 1 + n, D]`."""
-        cls = self.cls_token
+        cls: Tensor | None = self.cls_token
         if self.position_bias is None:
             positions = self._positions(grid)
             places = positions[0, self.prefix :]
@@ -368,10 +368,8 @@ class MaskedDecoder(nn.Module):
 def _block(dim: int, heads: int, mlp_ratio: float, *, drop_path: float = 0.0, init_values: float | None = None) -> nn.Module:
     from timm.models.vision_transformer import Block
 
-    return Block(
-        dim, heads, mlp_ratio, qkv_bias=True, init_values=init_values, drop_path=drop_path,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-    )  # fmt: skip
+    norm: Any = partial(nn.LayerNorm, eps=1e-6)
+    return Block(dim, heads, mlp_ratio, qkv_bias=True, init_values=init_values, drop_path=drop_path, norm_layer=norm)
 
 
 def _initialise_linear(module: nn.Module) -> None:

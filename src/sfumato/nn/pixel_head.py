@@ -53,6 +53,6 @@ class PixelShuffleHead(nn.Module):
             rows, columns = (0, 0) if grid is None else grid_shape(grid)
             if rows * columns != z.shape[1]:
                 raise BadData(f"{z.shape[1]} tokens do not stand on the grid {grid}: say grid=(rows, columns)")
-            z = z.transpose(1, 2).unflatten(2, (rows, columns))
+            z = z.transpose(1, 2).reshape(len(z), -1, rows, columns)
         pixels: Tensor = self.shuffle(self.conv(z))
         return pixels

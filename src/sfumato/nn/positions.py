@@ -68,6 +68,8 @@ class RelativePositionBias(nn.Module):
         cls: a class token stands first; its offsets have three entries of their own.
     """
 
+    index: Tensor
+
     def __init__(self, grid: Grid, heads: int, *, cls: bool = True) -> None:
         super().__init__()
         self.grid, self.cls = grid_shape(grid), cls
@@ -88,21 +90,20 @@ class RelativePositionBias(nn.Module):
         """
         shape = self.grid if grid is None else grid_shape(grid)
         index = self.index if shape == self.grid else self._offsets(shape).to(self.table.device)
-        index = index[None]
-        if ids is not None:
-            if self.cls:
-                ids = F.pad(ids + 1, (1, 0))
-            index = index[0][ids[:, :, None], ids[:, None, :]]
-        return self._table(shape)[index].permute(0, 3, 1, 2)
+        if ids is None:
+            return self._table(shape)[index].permute(2, 0, 1)[None]
+        if self.cls:
+            ids = F.pad(ids + 1, (1, 0))
+        return self._table(shape)[index[ids[:, :, None], ids[:, None, :]]].permute(0, 3, 1, 2)
 
     def _table(self, grid: tuple[int, int]) -> Tensor:
         if grid == self.grid:
             return self.table
         (h, w), (rows, columns) = self.grid, grid
-        offsets, special = self.table.split(((2 * h - 1) * (2 * w - 1), 3 * self.cls))
-        image = offsets.T.reshape(1, -1, 2 * h - 1, 2 * w - 1)
+        count = (2 * h - 1) * (2 * w - 1)
+        image = self.table[:count].T.reshape(1, -1, 2 * h - 1, 2 * w - 1)
         resized = F.interpolate(image, (2 * rows - 1, 2 * columns - 1), mode="bicubic", align_corners=True)
-        return torch.cat((resized[0].flatten(1).T, special))
+        return torch.cat((resized[0].flatten(1).T, self.table[count:]))
 
     def _offsets(self, grid: tuple[int, int]) -> Tensor:
         """Row of the table for each pair of tokens, `[N, N]`."""
