@@ -1,6 +1,8 @@
 from .batch import Batch as Batch
 from .batch import Facts as Facts
 from .decoding import Header as Header
+from .image_set import ImageSet as ImageSet
+from .image_set import Sample as Sample
 from .images import Picture as Picture
 from .images import read_header as read_header
 from .images import read_image as read_image
@@ -12,3 +14,5 @@ from .samples import moving_crops as moving_crops
 from .samples import photo_crops as photo_crops
 from .samples import photo_names as photo_names
 from .samples import photos as photos
+from .sources import describe as describe
+from .sources import open_data as open_data

@@ -31,6 +31,8 @@ from sfumato.errors import BadData, BadSetting, SfumatoError
 MAX_PIXELS = 200_000_000
 """Largest picture that is decoded (width times height), unless `max_pixels=` or SFUMATO_MAX_PIXELS says otherwise."""
 
+Source = str | os.PathLike[str] | bytes
+
 _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "AVIF", "BMP", "GIF", "PPM", "JPEG2000")
 _TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _HEIC_HEADS = (b"ftyphei", b"ftyphev", b"ftypmif")
@@ -57,13 +59,18 @@ class Stored(NamedTuple):
     notes: list[str]
 
 
-def decode(path: str | os.PathLike[str], max_pixels: int | None = None) -> Stored:
-    """Decode a picture file; of animations and stacks the first frame.
+def decode(source: Source, max_pixels: int | None = None, *, name: str | None = None) -> Stored:
+    """Decode a picture, from its file or from the bytes of one; of animations and stacks the first frame.
+
+    Args:
+        source: path, or the bytes of a file.
+        max_pixels: see `MAX_PIXELS`.
+        name: what errors call it; None: the path.
 
     Raises:
         BadData: missing, empty, truncated, not an image, of an unsupported kind, or larger than the limit.
     """
-    with _opened(path) as (file, head):
+    with _opened(source, name) as (file, head):
         image = _open(file, head)
         _check_size(_size(image, file), max_pixels)
         notes: list[str] = []
@@ -77,13 +84,13 @@ def decode(path: str | os.PathLike[str], max_pixels: int | None = None) -> Store
         return Stored(array, icc, exif, values, notes)
 
 
-def header(path: str | os.PathLike[str], max_pixels: int | None = None) -> Header:
-    """Channels and upright size, from the first bytes of a file.
+def header(source: Source, max_pixels: int | None = None, *, name: str | None = None) -> Header:
+    """Channels and upright size, from the first bytes of a file. Arguments as `decode`.
 
     Raises:
         BadData: as `decode`, as far as the header shows it.
     """
-    with _opened(path) as (file, head):
+    with _opened(source, name) as (file, head):
         image = _open(file, head)
         height, width = _size(image, file)
         _check_size((height, width), max_pixels)
@@ -96,26 +103,27 @@ def header(path: str | os.PathLike[str], max_pixels: int | None = None) -> Heade
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, bytes]]:
+def _opened(source: Source, name: str | None) -> Iterator[tuple[BinaryIO, bytes]]:
     """The open file and its first bytes; whatever a decoder makes of a damaged file becomes `BadData`."""
+    name = name or ("image" if isinstance(source, bytes) else os.fspath(source))
     try:
-        with open(path, "rb") as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
             head = file.read(32)
             file.seek(0)
             if not head:
                 raise BadData("empty file (0 bytes): remove it or copy it again")
             yield file, head
     except BadData as error:
-        raise BadData(f"{path}: {error}") from None
+        raise BadData(f"{name}: {error}") from None
     except (SfumatoError, MemoryError):
         raise
     except FileNotFoundError:
-        raise BadData(f"{path}: no such file: check the path") from None
+        raise BadData(f"{name}: no such file: check the path") from None
     except (IsADirectoryError, PermissionError) as error:
-        raise BadData(f"{path}: cannot be read ({error.strerror}): give a file that may be read") from None
+        raise BadData(f"{name}: cannot be read ({error.strerror}): give a file that may be read") from None
     except Exception as error:  # decoders raise anything on damaged files: SyntaxError, struct.error, RuntimeError, ...
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise BadData(f"{path}: truncated or damaged image ({reason}): repair or remove it") from None
+        raise BadData(f"{name}: truncated or damaged image ({reason}): repair or remove it") from None
 
 
 @functools.cache

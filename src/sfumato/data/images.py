@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sfumato.data.decoding import Header, decode, header
+from sfumato.data.decoding import Header, Stored, decode, header
 from sfumato.errors import BadData
 
 IMAGE_SUFFIXES = (
@@ -74,9 +74,7 @@ class Picture:
 
 def unit_float(pixels: Tensor) -> Tensor:
     """uint8 or uint16 as float32 in [0, 1]; floats as float32."""
-    if pixels.is_floating_point():
-        return pixels.float()
-    return pixels.float().div_(torch.iinfo(pixels.dtype).max)
+    return pixels.float() if pixels.is_floating_point() else torch.div(pixels, torch.iinfo(pixels.dtype).max)
 
 
 def read_image(path: str | os.PathLike[str], *, max_pixels: int | None = None) -> Picture:
@@ -92,12 +90,17 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int | None = None) -
     Raises:
         BadData: missing, empty, truncated, not an image, of an unsupported kind, or larger than the limit.
     """
-    array, icc, exif, values, notes = decode(path, max_pixels)
-    stored = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
-    if len(stored) in (1, 3):
-        return Picture(stored, None, icc, exif, values, tuple(notes))
+    return as_picture(decode(path, max_pixels))
+
+
+def as_picture(stored: Stored) -> Picture:
+    """What was decoded, as tensors with the alpha apart."""
+    array, icc, exif, values, notes = stored
+    planes = torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    if len(planes) in (1, 3):
+        return Picture(planes, None, icc, exif, values, tuple(notes))
     notes.append("transparency set aside (written back to PNG, TIFF and WebP)")
-    return Picture(stored[:-1], stored[-1:], icc, exif, values, tuple(notes))
+    return Picture(planes[:-1], planes[-1:], icc, exif, values, tuple(notes))
 
 
 def read_header(path: str | os.PathLike[str], *, max_pixels: int | None = None) -> Header:
