@@ -1,0 +1,296 @@
+"""Spectra from products alone: Lanczos, extreme eigenpairs, singular triplets, and the density of all eigenvalues.
+
+Lanczos turns a symmetric A and a start q into a small tridiagonal T = QᵀAQ; with T = SΛSᵀ, Σ_k S²₀ₖ f(λₖ) is a Gauss quadrature
+for qᵀf(A)q, and its mean over random unit q is tr f(A)/d (stochastic Lanczos quadrature: Ubaru, Chen, Saad 2017; Ghorbani,
+Krishnan, Xiao 2019).
+
+>>> import torch
+>>> from sfumato.probes import eigs, spectral_density
+>>> a = torch.diag(torch.linspace(0, 1, 50, dtype=torch.float64))
+>>> eigs(a, 2).values
+tensor([1.0000, 0.9796], dtype=torch.float64)
+>>> density = spectral_density(a, steps=50, starts=20, generator=torch.Generator().manual_seed(0))
+>>> bool((density.expect(torch.square) - a.square().trace() / 50).abs() < 0.05)
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import BadData, BadSetting
+from sfumato.probes.linear_operator import LinearOperator
+
+__all__ = ["Density", "Eigenpairs", "Lanczos", "eigs", "lanczos", "spectral_density", "svds"]
+
+
+class Lanczos(NamedTuple):
+    """T = tridiag(beta, alpha, beta) and the orthonormal Q `[d, m]` with Qᵀ A Q = T."""
+
+    alpha: Tensor
+    beta: Tensor
+    basis: Tensor
+
+    def matrix(self) -> Tensor:
+        """T, `[m, m]`."""
+        return torch.diag(self.alpha) + torch.diag(self.beta, 1) + torch.diag(self.beta, -1)
+
+
+class Eigenpairs(NamedTuple):
+    """`values[k]`, `vectors[d, k]`, and the lengths `residuals[k]` of A v − λ v: each value is that close to a true one."""
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+
+
+class Density(NamedTuple):
+    """An eigenvalue density φ over a grid t (integral 1), and the quadrature `nodes`, `weights` `[starts, m]` behind it."""
+
+    t: Tensor
+    phi: Tensor
+    nodes: Tensor
+    weights: Tensor
+
+    def expect(self, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean of f over the eigenvalues, tr f(A) / d."""
+        return (self.weights * fn(self.nodes)).sum(1).mean()
+
+    def cdf(self, t: Tensor) -> Tensor:
+        """The share of eigenvalues ≤ t, for each entry of `t`."""
+        below = self.nodes.flatten() <= t.reshape(-1, 1)
+        return ((below * self.weights.flatten()).sum(1) / len(self.nodes)).view(t.shape)
+
+
+def lanczos(
+    op: LinearOperator | Tensor, steps: int, *, start: Tensor | None = None, generator: torch.Generator | None = None
+) -> Lanczos:
+    """Tridiagonalise a symmetric operator, with full re-orthogonalisation.
+
+    Args:
+        op: symmetric, d × d.
+        steps: m; fewer come back when the start spans a smaller invariant subspace.
+        start: `[d]`; None: a Gaussian vector.
+        generator: for the start.
+
+    Returns:
+        `alpha[m]`, `beta[m-1]`, `basis[d, m]`. Memory d · m.
+    """
+    first = _randn(op, 1, generator) if start is None else start.to(op.device, op.dtype)[:, None]
+    alpha, beta, basis = _tridiagonalise(op, first, steps)
+    m = int(_length(alpha, beta)[0])
+    return Lanczos(alpha[0, :m], beta[0, : m - 1], basis[0, :m].T)
+
+
+def spectral_density(
+    op: LinearOperator | Tensor,
+    *,
+    steps: int = 100,
+    starts: int = 1,
+    grid: int = 10_000,
+    sigma2: float = 1e-5,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Density:
+    """The density of all eigenvalues of a symmetric operator, by stochastic Lanczos quadrature.
+
+    φ(t) = mean over starts of Σ_k w_k N(t; λ_k, σ²), with σ² = `sigma2` · max(1, λ_max − λ_min).
+
+    Args:
+        op: symmetric, d × d.
+        steps: Lanczos steps m for each start.
+        starts: random sign vectors to average over.
+        grid: points of t, from 0.01 below the smallest to 0.01 above the largest node (means over starts).
+        sigma2: relative *variance* of the Gaussian that smooths a node.
+        noise: `[starts, d]` start vectors to use instead of drawing.
+        generator: for the starts.
+
+    Reference: Yao, Gholami, Keutzer, Mahoney, "PyHessian", 2020, whose defaults these are.
+    """
+    if noise is None:
+        device = op.device if generator is None else generator.device
+        noise = torch.randint(2, (starts, op.shape[0]), generator=generator, device=device).mul_(2).sub_(1)
+    first = noise.to(op.device, op.dtype).T
+    at_once = max(1, 2**28 // (max(1, op.shape[0]) * min(steps, op.shape[0])))  # 2 GB of basis in float64
+    parts = [_quadrature(op, columns, steps) for columns in torch.split(first, at_once, 1)]
+    width = max(nodes.shape[1] for nodes, _ in parts)
+    nodes = torch.cat([_widen(nodes, width) for nodes, _ in parts])
+    weights = torch.cat([_widen(weights, width) for _, weights in parts])
+    used = weights > 0
+    low = nodes.masked_fill(~used, torch.inf).amin(1).mean()
+    high = nodes.masked_fill(~used, -torch.inf).amax(1).mean()
+    t = torch.linspace(0, 1, grid, dtype=op.dtype, device=op.device) * (high - low + 0.02) + low - 0.01
+    variance = sigma2 * (high - low).clamp_min(1)
+    phi = torch.zeros_like(t)
+    for row, weight in zip(nodes, weights, strict=True):
+        phi += torch.exp(-((t[:, None] - row) ** 2) / (2 * variance)) @ weight
+    return Density(t, phi / torch.trapezoid(phi, t), nodes, weights)
+
+
+def eigs(
+    op: LinearOperator | Tensor,
+    k: int,
+    *,
+    which: Literal["LA", "SA", "LM"] = "LA",
+    tol: float = 1e-6,
+    max_iter: int = 1000,
+    generator: torch.Generator | None = None,
+) -> Eigenpairs:
+    """The k extreme eigenpairs of a symmetric operator, by Lanczos with thick restarts.
+
+    Args:
+        op: symmetric, d × d.
+        k: how many.
+        which: `"LA"`: largest, `"SA"`: smallest, `"LM"`: largest absolute value (of an indefinite Hessian the second of these
+            is often its most negative eigenvalue).
+        tol: stop when every residual ‖Av − λv‖ is below `tol` times the largest |λ|.
+        max_iter: products with the operator at most; look at `residuals` when it may have been reached.
+        generator: for the start.
+
+    Returns:
+        `Eigenpairs`, best first. Memory d · max(2k + 1, 20). An eigenvalue that repeats can be found fewer times than it occurs.
+
+    Reference: Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", 2000.
+    """
+    d = op.shape[0]
+    if which not in ("LA", "SA", "LM") or not 1 <= k <= d:
+        raise BadSetting(f"eigs: which={which!r}, k={k}; allowed: LA, SA, LM and 1 <= k <= {d}")
+    size = min(max(2 * k + 1, 20), d)
+    basis = torch.zeros(d, size + 1, dtype=op.dtype, device=op.device)
+    basis[:, :1] = _randn(op, 1, generator)
+    basis[:, 0] /= basis[:, 0].norm()
+    projected = torch.zeros(size, size, dtype=op.dtype, device=op.device)
+    kept, products = 0, 0
+    while True:
+        last = _extend(op, basis, projected, kept, size, generator)
+        products += size - kept
+        values, s = torch.linalg.eigh((projected + projected.T) / 2)
+        order = _order(values, which)
+        values, s = values[order], s[:, order]
+        converged = bool(((last * s[-1, :k]).abs() <= max(tol, torch.finfo(op.dtype).eps) * values.abs().max()).all())
+        if converged or size == d or products >= max_iter:
+            vectors = torch.linalg.qr(basis[:, :size] @ s[:, :k])[0]
+            images = op @ vectors
+            values = (vectors * images).sum(0)
+            return Eigenpairs(values, vectors, (images - vectors * values).norm(dim=0))
+        kept = min(k + (size - k) // 2, size - 1)
+        basis[:, : kept + 1] = torch.cat([basis[:, :size] @ s[:, :kept], basis[:, size:]], 1)
+        projected.zero_()
+        projected.diagonal()[:kept] = values[:kept]
+
+
+def svds(op: LinearOperator | Tensor, k: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest singular triplets of an m × n operator, from the eigenpairs of AᵀA or AAᵀ, whichever is smaller.
+
+    Args:
+        op: any operator with both products.
+        k: how many.
+        generator: for the start.
+
+    Returns:
+        `U[m, k]`, `S[k]` (largest first), `V[n, k]` with A ≈ U diag(S) Vᵀ. Singular values below √eps of the largest are noise.
+    """
+    wide = op.shape[0] < op.shape[1]
+    a = op.T if wide else op
+    right = eigs(_Gram(a), k, tol=1e-9, generator=generator).vectors
+    images = a @ right
+    values = images.norm(dim=0)
+    order = values.argsort(descending=True)
+    values, right, left = values[order], right[:, order], images[:, order] / values[order].clamp_min(torch.finfo(op.dtype).tiny)
+    return (right, values, left) if wide else (left, values, right)
+
+
+class _Gram(LinearOperator):
+    """AᵀA."""
+
+    def __init__(self, a: LinearOperator | Tensor) -> None:
+        super().__init__((a.shape[1], a.shape[1]), a.dtype, a.device)
+        self._a = a
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self._a.T @ (self._a @ v)
+
+    def _transposed_product(self, v: Tensor) -> Tensor:
+        return self._product(v)
+
+
+def _randn(op: LinearOperator | Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    device = op.device if generator is None else generator.device
+    return torch.randn(op.shape[0], count, dtype=op.dtype, device=device, generator=generator).to(op.device)
+
+
+def _order(values: Tensor, which: str) -> Tensor:
+    return (values.abs() if which == "LM" else values).argsort(descending=which != "SA")
+
+
+def _tridiagonalise(op: LinearOperator | Tensor, first: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`alpha[s, m]`, `beta[s, m]` (the last leads out), `basis[s, m, d]` for starts `[d, s]` in lock-step, without a sync."""
+    d, s = first.shape
+    if op.shape[0] != op.shape[1] or d != op.shape[0]:
+        raise BadData(f"Lanczos takes a square operator and starts of its size; got {op.shape[0]} × {op.shape[1]} and {d}")
+    m = min(steps, d)
+    basis = first.new_zeros(s, m, d)
+    alpha, beta = first.new_zeros(s, m), first.new_zeros(s, m)
+    q = first.T / first.norm(dim=0)[:, None]
+    for i in range(m):
+        basis[:, i] = q
+        w = (op @ q.T).T
+        alpha[:, i] = (w * q).sum(1)
+        seen = basis[:, : i + 1]
+        for _ in range(2):  # once is not enough in floating point, twice is (Parlett)
+            w = w - torch.einsum("smd,sm->sd", seen, torch.einsum("smd,sd->sm", seen, w))
+        beta[:, i] = w.norm(dim=1)
+        q = w / beta[:, i : i + 1].clamp_min(torch.finfo(op.dtype).tiny)
+    return alpha, beta, basis
+
+
+def _length(alpha: Tensor, beta: Tensor) -> Tensor:
+    """How many steps of each start were taken before its Krylov space was exhausted."""
+    scale = torch.cummax(torch.maximum(alpha.abs(), beta), 1).values
+    exhausted = beta <= torch.finfo(alpha.dtype).eps ** 0.5 * scale
+    exhausted[:, -1] = True
+    return torch.argmax(exhausted.int(), dim=1) + 1
+
+
+def _quadrature(op: LinearOperator | Tensor, first: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights `[s, m]` of the Gauss quadrature of each start; unused places have weight 0."""
+    alpha, beta, _ = _tridiagonalise(op, first, steps)
+    nodes, weights = torch.zeros_like(alpha), torch.zeros_like(alpha)
+    for i, m in enumerate(_length(alpha, beta).tolist()):
+        values, vectors = torch.linalg.eigh(Lanczos(alpha[i, :m], beta[i, : m - 1], alpha).matrix())
+        nodes[i, :m], weights[i, :m] = values, vectors[0] ** 2
+    return nodes, weights
+
+
+def _widen(rows: Tensor, width: int) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(len(rows), width - rows.shape[1])], 1)
+
+
+def _extend(
+    op: LinearOperator | Tensor, basis: Tensor, projected: Tensor, start: int, size: int, generator: torch.Generator | None
+) -> Tensor:
+    """Grow an orthonormal basis and QᵀAQ in place, from column `start` to `size`; returns how far A leads out of it."""
+    spare = _randn(op, size - start, generator)
+    last = basis.new_zeros(())
+    for j in range(start, size):
+        seen = basis[:, : j + 1]
+        w = op @ basis[:, j]
+        scale = w.norm()
+        for _ in range(2):
+            h = seen.T @ w
+            w = w - seen @ h
+            projected[: j + 1, j] += h
+        projected[j, :j] = projected[:j, j]
+        last = w.norm()
+        exhausted = last <= torch.finfo(op.dtype).eps ** 0.75 * scale
+        last = torch.where(exhausted, 0, last)
+        q = torch.where(exhausted, spare[:, j - start], w)  # an invariant subspace: go on from a new direction
+        for _ in range(2):
+            q = q / q.norm().clamp_min(torch.finfo(op.dtype).tiny)
+            q = q - seen @ (seen.T @ q)
+        basis[:, j + 1] = q / q.norm().clamp_min(torch.finfo(op.dtype).tiny)
+    return last
