@@ -1,0 +1,17 @@
+from .claim_report import plot_record as plot_record
+from .claim_report import write_claim_report as write_claim_report
+from .page import Page as Page
+from .pictures import Picture as Picture
+from .pictures import data_uri as data_uri
+from .pictures import grid as grid
+from .pictures import save_grid as save_grid
+from .plots import curves as curves
+from .plots import picture_grid as picture_grid
+from .plots import spectrum as spectrum
+from .rows import bars as bars
+from .rows import dots as dots
+from .rows import intervals as intervals
+from .run_report import write_run_report as write_run_report
+from .style import Figure as Figure
+from .style import figure as figure
+from .style import use_style as use_style
