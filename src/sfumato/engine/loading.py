@@ -144,5 +144,6 @@ def load(source: str | Path, *, kind: type[Method] | None = None, device: str = 
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
         raise BadCheckpoint(f"{path} was written by another version of {saved['slug']} ({reason})") from None
     method = kind(config)
-    load_weights(method, saved["ema"] or saved["method"], path)
+    average = {k.removeprefix("module."): v for k, v in (saved["ema"] or {}).items() if k.startswith("module.")}
+    load_weights(method, average or saved["method"], path)
     return method.to(device).eval()

@@ -270,7 +270,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "method": state,
             "optimizers": {name: o.state_dict() for name, o in ctx.optimizers.items()},
-            "ema": None if self.ema is None else dict(self.ema.module.state_dict()),
+            "ema": None if self.ema is None else dict(self.ema.state_dict()),
         }
         checkpoint.save(self.run.checkpoints / f"step-{ctx.step}.safetensors", whole)
         checkpoint.prune(self.run.checkpoints, self.options.keep)
@@ -310,7 +310,7 @@ class Trainer:
 
         ema = EMA(self.method, decay=self.options.ema)
         if saved.get("ema") is not None:
-            ema.module.load_state_dict(saved["ema"])
+            ema.load_state_dict(saved["ema"])
         return ema
 
     def _steps_in(self, minutes: float, warm: int = 2, timed: int = 5) -> int:
