@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from sfumato.data.batch import Batch
+from sfumato.data.decoding import first_line
 from sfumato.data.folders import hold_out
 from sfumato.data.image_set import ImageSet, InMemory, Sample, to_channels
 from sfumato.errors import BadData
@@ -73,16 +74,21 @@ def open_arrays(path: Path, split: str = "train", *, channels: int | None = None
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {"x": file} if isinstance(file, np.ndarray) else {name: file[name] for name in file.files}
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            return {"x": file}
+        with file:
+            return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise BadData(f"{path}: no such file: check the path") from None
     except ValueError as error:
         if "allow_pickle" in str(error):
             raise BadData(f"{path}: holds Python objects, which are never unpickled: save plain arrays by numpy.savez") from None
-        raise BadData(f"{path}: not a file of numpy arrays ({error}): save one by numpy.savez(path, x=images)") from None
+        raise BadData(
+            f"{path}: not a file of numpy arrays ({first_line(error)}): save one by numpy.savez(path, x=images)"
+        ) from None
     except Exception as error:  # zipfile, zlib and numpy each have their own errors for a damaged file
-        raise BadData(f"{path}: truncated or damaged ({str(error).splitlines()[0]}): save or copy it again") from None
+        raise BadData(f"{path}: truncated or damaged ({first_line(error)}): save or copy it again") from None
 
 
 def _pick(stored: dict[str, np.ndarray], names: Sequence[str], suffix: str) -> tuple[str, np.ndarray] | None:
@@ -225,8 +231,8 @@ def _images_or_list(value: Any, name: str) -> Any:
     if isinstance(value, (list, tuple)) and len(value):
         return [_checked(_image(v), f"{name}[{i}]") for i, v in enumerate(value)]
     raise BadData(
-        f"cannot make data of {'an empty ' if hasattr(value, '__len__') else ''}{type(value).__name__}: give a tensor"
-        " [N, C, H, W], a list of tensors [C, H, W], (x, y), a Batch or a torch Dataset"
+        f"cannot make data of {'an empty' if value == [] else 'a'} {type(value).__name__}: give a tensor [N, C, H, W],"
+        " a list of tensors [C, H, W], (x, y), a Batch or a torch Dataset"
     )
 
 

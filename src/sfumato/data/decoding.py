@@ -102,6 +102,11 @@ def header(source: Source, max_pixels: int | None = None, *, name: str | None = 
         return Header(channels, width, height) if turned else Header(channels, height, width)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to one line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 @contextlib.contextmanager
 def _opened(source: Source, name: str | None) -> Iterator[tuple[BinaryIO, bytes]]:
     """The open file and its first bytes; whatever a decoder makes of a damaged file becomes `BadData`."""
@@ -122,8 +127,7 @@ def _opened(source: Source, name: str | None) -> Iterator[tuple[BinaryIO, bytes]
     except (IsADirectoryError, PermissionError) as error:
         raise BadData(f"{name}: cannot be read ({error.strerror}): give a file that may be read") from None
     except Exception as error:  # decoders raise anything on damaged files: SyntaxError, struct.error, RuntimeError, ...
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise BadData(f"{name}: truncated or damaged image ({reason}): repair or remove it") from None
+        raise BadData(f"{name}: truncated or damaged image ({first_line(error)}): repair or remove it") from None
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Encoded images, whole files or members of a tar, checked and made a set: in memory where they fit.
 
-All headers are looked at first. When the pixels fit into memory, or when there are few files, every image is decoded at once, in
-a few threads: a damaged one is found before training starts and is skipped. The rest is decoded when it is asked for.
+When the pixels fit into memory, or when there are few files, every image is decoded at once: a damaged one is found before
+training starts and is skipped. Of others the headers are checked, and each is decoded when it is asked for.
 
 >>> import tempfile, torch
 >>> from sfumato.data import write_image
@@ -45,6 +45,12 @@ class Entry(NamedTuple):
     offset: int = 0
     size: int | None = None
     data: bytes | None = None
+
+    def stored_bytes(self) -> int:
+        """Bytes of the image as it is stored; 0 for a file that is gone."""
+        if self.data is not None:
+            return len(self.data)
+        return self.size if self.size is not None else os.path.getsize(self.path) if os.path.exists(self.path) else 0
 
     def source(self) -> str | bytes:
         """A path, or the bytes."""
@@ -127,54 +133,65 @@ def load(
     Raises:
         BadData: no image can be read.
     """
-    skipped = list(found.skipped)
-    headers, rows = _each(lambda entry: header(entry.source(), max_pixels, name=entry.name), found, skipped, where)
-    found = found.select(rows)
-    channels = channels or max(h.channels for pair in headers for h in pair)
-    fits = sum(channels * h.height * h.width for pair in headers for h in pair) <= cache_bytes
-    notes = [_channel_note([pair[0].channels for pair in headers], channels)]
-    items: Items
-    if fits or len(rows) <= DECODED_AT_OPENING:
-
-        def check(entry: Entry) -> tuple[Tensor, tuple[str, ...]]:
-            picture = _decode(entry, max_pixels)
-            return to_channels(picture.pixels, channels) if fits else torch.empty(0), picture.notes
-
-        decoded, rows = _each(check, found, skipped, where)
-        found, headers = found.select(rows), [headers[i] for i in rows]
-        counts = Counter(note for pair in decoded for _, some in pair for note in some)
-        notes += [f"{count} of {len(rows)} images: {note}" for note, count in counts.items()]
-        x, *target = ([pixels for pixels, _ in side] for side in zip(*decoded, strict=True))
-    if fits:
-        items = InMemory(x, None if found.labels is None else torch.tensor(found.labels), target[0] if target else None)
-    else:
-        items = OnDisk(found, [pair[0] for pair in headers], channels, max_pixels)
+    look = _Look(len(found.entries), cache_bytes, max_pixels)
+    sides = [side for side in (found.entries, found.targets) if side is not None]
+    seen = list(zip(*(_map(look, side) for side in sides), strict=True))
+    rows = [i for i, row in enumerate(seen) if not any(isinstance(one, BadData) for one in row)]
+    bad = [(entry.name, str(one)) for entries, row in zip(zip(*sides, strict=True), seen, strict=True)
+           for entry, one in zip(entries, row, strict=True) if isinstance(one, BadData)]  # fmt: skip
+    bad = [(name, reason.removeprefix(f"{name}: ")) for name, reason in bad]
+    if not rows:
+        raise BadData(f"{where}: none of its {len(seen)} images can be read; {bad[0][0]}: {bad[0][1]}")
+    found, good = found.select(rows), [[one for one in seen[i] if isinstance(one, Seen)] for i in rows]
+    headers = [[one.header for one in row] for row in good]
+    channels = channels or max(h.channels for row in headers for h in row)
+    notes = [_channel_note([row[0].channels for row in headers], channels)]
+    counts = Counter(note for row in good for one in row for note in one.notes)
+    notes += [f"{count} of {len(rows)} images: {note}" for note, count in counts.items()]
+    columns = [[one.pixels for one in column] for column in zip(*good, strict=True)]
+    items: Items = OnDisk(found, [row[0] for row in headers], channels, max_pixels)
+    if sum(channels * h.height * h.width for row in headers for h in row) <= cache_bytes:
+        x, *target = ([to_channels(p, channels) for p in column if p is not None] for column in columns)
+        if len(x) == len(rows) and all(len(t) == len(rows) for t in target):
+            labels = None if found.labels is None else torch.tensor(found.labels)
+            items = InMemory(x, labels, target[0] if target else None)
     names = [entry.name for entry in found.entries]
+    skipped = [*found.skipped, *bad]
     return ImageSet(items, classes=found.classes, names=names, skipped=skipped, notes=[note for note in notes if note])
 
 
-def _each(
-    look: Callable[[Entry], Out], found: Found, skipped: list[tuple[str, str]], where: str
-) -> tuple[list[tuple[Out, ...]], list[int]]:
-    """Look at every image (and its target) in a few threads: what was seen, and which rows are good."""
+class Seen(NamedTuple):
+    """What one look at an image gave."""
 
-    def safe(entry: Entry) -> Out | BadData:
+    header: Header
+    notes: tuple[str, ...] = ()
+    pixels: Tensor | None = None
+
+
+class _Look:
+    """Decodes images and keeps their pixels as long as there is room; then only as many as are checked at opening."""
+
+    def __init__(self, count: int, room: int, max_pixels: int | None) -> None:
+        self.few, self.room, self.max_pixels = count <= DECODED_AT_OPENING, room, max_pixels
+
+    def __call__(self, entry: Entry) -> Seen | BadData:
         try:
-            return look(entry)
+            if self.room < 0 and not self.few:
+                return Seen(header(entry.source(), self.max_pixels, name=entry.name))
+            picture = _decode(entry, self.max_pixels)
         except BadData as error:
             return error
+        self.room -= picture.pixels.nbytes
+        channels, height, width = picture.pixels.shape
+        return Seen(Header(channels, height, width), picture.notes, picture.pixels if self.room >= 0 else None)
 
-    sides = [side for side in (found.entries, found.targets) if side is not None]
+
+def _map(look: Callable[[Entry], Out], entries: list[Entry]) -> list[Out]:
+    """In a few threads where the images are large enough to gain by it."""
+    if sum(entry.stored_bytes() for entry in entries[:16]) < 16 * 50_000:
+        return [look(entry) for entry in entries]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        seen = list(zip(*(pool.map(safe, side) for side in sides), strict=True))
-    rows = [i for i, row in enumerate(seen) if not any(isinstance(value, BadData) for value in row)]
-    for row, *entries in zip(seen, *sides, strict=True):
-        bad = [(e.name, str(v).removeprefix(f"{e.name}: ")) for v, e in zip(row, entries, strict=True) if isinstance(v, BadData)]
-        skipped += bad[:1]
-    if not rows:
-        name, reason = skipped[len(found.skipped)] if len(skipped) > len(found.skipped) else skipped[-1]
-        raise BadData(f"{where}: none of its {len(seen)} images can be read; the first is {name}: {reason}")
-    return [seen[i] for i in rows], rows
+        return list(pool.map(look, entries))
 
 
 def _decode(entry: Entry, max_pixels: int | None) -> Picture:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sfumato.data.arrays import Wrapped
-from sfumato.data.decoding import decode
+from sfumato.data.decoding import decode, first_line
 from sfumato.data.folders import hold_out
 from sfumato.data.image_files import CACHE_BYTES, Entry, Found, load
 from sfumato.data.image_set import ImageSet, to_channels
@@ -102,7 +102,9 @@ def _members(path: str) -> Iterator[Member]:
                 if info.isfile():
                     yield _member(info.name, shard, Entry(path, info.name, info.offset_data, info.size))
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise BadData(f"{path}: truncated, compressed or no tar ({error}): copy it again, or unpack it with gunzip") from None
+        raise BadData(
+            f"{path}: truncated, compressed or no tar ({first_line(error)}): copy it again, or unpack it with gunzip"
+        ) from None
 
 
 def _member(name: str, shard: str, entry: Entry) -> Member:
@@ -131,7 +133,7 @@ def _fetched(urls: list[str], limit: int) -> Iterator[Member]:
                     raise BadData(f"{urls[0]}: more than {limit >> 20} MB: fetch the shards first, and give their paths")
                 yield _member(f"{sample['__key__']}.{kind}", shard, Entry("", "", data=data))
     except (OSError, ValueError, RuntimeError, EOFError, tarfile.TarError) as error:
-        raise BadData(f"{urls[0]}: cannot be read ({error}): check the address and the network") from None
+        raise BadData(f"{urls[0]}: cannot be read ({first_line(error)}): check the address and the network") from None
 
 
 def _as_found(members: Iterator[Member], where: str) -> Found:
@@ -218,8 +220,7 @@ def _hub_rows(name: str, split: str) -> tuple[Any, bool]:
     try:
         whole = datasets.load_from_disk(path) if os.path.isdir(path) else datasets.load_dataset(path, config or None)
     except Exception as error:  # the hub, the network and Arrow each have their own
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BadData(f"hf://{name}: cannot be loaded ({reason}): check the name and the network") from None
+        raise BadData(f"hf://{name}: cannot be loaded ({first_line(error)}): check the name and the network") from None
     if not isinstance(whole, dict):
         return whole, False
     test = next((whole[s] for s in ("test", "validation", "valid", "val") if s in whole), None)
