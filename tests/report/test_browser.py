@@ -177,7 +177,8 @@ def test_nothing_is_wider_than_the_window(page):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.locator(".wide:visible").count() + page.locator(".narrow:visible").count() == 1
     letters = page.evaluate(
-        """[...document.querySelectorAll('svg.plot text')].filter(text => text.textContent !== '●' && text.getBoundingClientRect().width)
+        """[...document.querySelectorAll('svg.plot text')]
+            .filter(text => text.textContent !== '●' && text.getBoundingClientRect().width)
             .map(text => parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a)"""
     )
     assert min(letters) >= 9.5  # letters in figures stay readable

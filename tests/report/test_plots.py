@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.report.plots import _apart, _thin, curves, interval_text, number, picture_grid, spectrum
+from sfumato.errors import BadData
+from sfumato.report.plots import _apart, _kept, curves, interval_text, number, picture_grid, spectrum
 
 
 def drawn(figure, width=940):
@@ -64,12 +65,20 @@ def test_values_that_are_not_finite_are_left_out():
 def test_a_long_line_is_thinned_but_keeps_its_peaks():
     x, y = np.arange(50_000.0), np.sin(np.arange(50_000) / 900)
     y[31_234], y[40_001] = 9, -9
-    tx, ty = _thin(x, y)
-    assert len(tx) <= 702
-    assert {9, -9} <= set(ty)
-    assert (tx[0], tx[-1]) == (0, 49_999)
-    assert (np.diff(tx) > 0).all()
-    assert len(curves({"loss": (x, y)}).svg()) < 60_000
+    keep = _kept(y)
+    assert len(keep) <= 702
+    assert {9, -9} <= set(y[keep])
+    assert (keep[0], keep[-1]) == (0, 49_999)
+    assert (np.diff(keep) > 0).all()
+    assert len(curves({"loss": (x, y)}, smooth=900).svg()) < 60_000
+    assert len(curves({"loss": (x, np.stack([y, y + 1]))}).svg()) < 60_000
+
+
+def test_an_infinite_seed_does_not_widen_the_band():
+    ys = [[1.0, 2.0], [1.0, float("inf")]]
+    ax = drawn(curves({"a": ([0, 1], ys)})).axes[0]
+    assert ax.lines[0].get_ydata().tolist() == [1, 2]
+    assert np.isfinite(ax.collections[0].get_paths()[0].vertices).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -126,6 +135,11 @@ def test_a_density_with_t_and_phi():
 
 def test_negative_eigenvalues_on_a_logarithmic_axis():
     assert drawn(spectrum([-1.0, 0.0, 1.0, 100.0] * 10, logx=True)).axes[0].get_xscale() == "symlog"
+
+
+def test_an_empty_spectrum_is_refused():
+    with pytest.raises(BadData, match="eigenvalue"):
+        spectrum([float("nan")]).svg()
 
 
 def test_picture_grid():

@@ -82,7 +82,8 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _show_claim(page: Page, claim: Mapping[str, Any], *, alone: bool) -> None:
     """Verdict, intervals, arms with their seeds, curves and the table of one claim."""
-    page.section("The claim" if alone else str(claim.get("name", "claim")).replace("_", " "))
+    name = str(claim.get("name") or "claim").replace("_", " ")
+    page.section("The claim" if alone else name[:1].upper() + name[1:])
     findings = list(claim.get("findings") or ())
     only = _interval(findings[0]) if len(findings) == 1 else None
     page.verdict(

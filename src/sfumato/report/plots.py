@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from sfumato.errors import BadData
 from sfumato.report.style import SERIES, Figure
 
 MOST_POINTS = 700
@@ -97,19 +98,23 @@ def _look(theme: Theme, i: int) -> dict[str, Any]:
 
 def _curve(ax: Any, name: str, x: np.ndarray, ys: np.ndarray, look: dict[str, Any], band: str | None, smooth: int) -> list[Any]:
     """Draw one arm; `[(name, x, y, look)]` of its end, or nothing where no value is finite."""
+    ys = np.where(np.isfinite(ys), ys, np.nan)
     good = np.isfinite(x) & np.isfinite(ys).any(axis=0)
     x, ys = x[good], ys[:, good]
     if not len(x):
         return []
     mean = np.nanmean(ys, axis=0)
     if len(ys) > 1 and band:
+        keep = _kept(mean)
         low, high = (np.nanmin(ys, 0), np.nanmax(ys, 0)) if band == "minmax" else _confidence(ys)
-        ax.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0)
+        ax.fill_between(x[keep], low[keep], high[keep], color=look["color"], alpha=0.16, linewidth=0)
     if smooth > 1 and len(x) > 2 * smooth:
-        ax.plot(*_thin(x, mean), color=look["color"], alpha=0.3, linewidth=1)
+        keep = _kept(mean)
+        ax.plot(x[keep], mean[keep], color=look["color"], alpha=0.3, linewidth=1)
         mean = _running_mean(mean, smooth)
+    keep = _kept(mean)
     marker = {"marker": "o", "markersize": 4.5} if len(x) <= 12 else {}
-    ax.plot(*_thin(x, mean), **look, **marker)
+    ax.plot(x[keep], mean[keep], **look, **marker)
     return [(name, x[-1], mean[-1], look)]
 
 
@@ -126,16 +131,13 @@ def _running_mean(y: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
 
 
-def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `MOST_POINTS` points that keep the envelope: the lowest and highest of each stretch, and the ends."""
-    if len(x) <= MOST_POINTS:
-        return x, y
-    stretches = np.array_split(np.arange(len(x)), MOST_POINTS // 2)
-    keep = {0, len(x) - 1}
-    for s in stretches:
-        keep |= {int(s[np.argmin(y[s])]), int(s[np.argmax(y[s])])}
-    index = sorted(keep)
-    return x[index], y[index]
+def _kept(y: np.ndarray) -> np.ndarray:
+    """Places of at most about `MOST_POINTS` points that keep the envelope: lowest and highest of each stretch, and the ends."""
+    if len(y) <= MOST_POINTS:
+        return np.arange(len(y))
+    stretches = np.array_split(np.arange(len(y)), MOST_POINTS // 2)
+    keep = [s[i] for s in stretches for i in (np.argmin(y[s]), np.argmax(y[s]))]
+    return np.unique([0, *keep, len(y) - 1])
 
 
 def _axes(ax: Any, xlabel: str, ylabel: str, logx: bool = False, logy: bool = False) -> None:
@@ -240,6 +242,9 @@ def spectrum(data: Any, *, xlabel: str = "eigenvalue", logx: bool = False, logy:
         data: eigenvalues `[n]` (their histogram); a density `(t, phi)`, or anything with `t` and `phi`; or several, by name.
         logx: a logarithmic axis; symmetric-logarithmic where values are not positive.
         logy: a logarithmic density, over six decades at most.
+
+    Raises:
+        BadData: (when drawn) no finite eigenvalue.
     """
     named = data if isinstance(data, Mapping) else {"": data}
 
@@ -251,7 +256,8 @@ def spectrum(data: Any, *, xlabel: str = "eigenvalue", logx: bool = False, logy:
         floor = float(max(seen.min() / 2, seen.max() * 1e-6)) if logy and len(seen) else 0.0
         for i, (name, (t, phi)) in enumerate(drawn.items()):
             look = _look(theme, i)
-            t, phi = _thin(t, np.maximum(phi, floor))
+            keep = _kept(phi)
+            t, phi = t[keep], np.maximum(phi, floor)[keep]
             ax.fill_between(t, phi, floor, color=look["color"], alpha=0.14, linewidth=0)
             ax.plot(t, phi, **look, linewidth=1.5)
             ends.append((name, t[-1], phi[-1], look))
@@ -274,6 +280,8 @@ def _density(item: Any, logx: bool) -> tuple[np.ndarray, np.ndarray]:
         return as_floats(item[0]), as_floats(item[1])
     values = as_floats(item).ravel()
     values = values[np.isfinite(values)]
+    if not len(values):
+        raise BadData("a spectrum needs at least one finite eigenvalue")
     count = int(np.clip(2 * np.sqrt(len(values)), 8, 80))
     edges = (
         np.geomspace(values.min(), values.max() * (1 + 1e-9), count + 1)

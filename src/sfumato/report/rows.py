@@ -99,7 +99,12 @@ def _forest(ax: Any, rows: Sequence[Mapping[str, Any]], size: float, width: floa
         level = top + 4 + (LINE * (len(lines) - 1) if width < 500 else 0)
         across = ax.get_yaxis_transform()
         ax.text(0, top + 4, "\n".join(lines).rstrip(), transform=across, va="top", linespacing=1.25)
-        aside: dict[str, Any] = {"ha": "left" if width < 500 else "right", "va": "top", "color": theme["muted"]}
+        aside: dict[str, Any] = {
+            "ha": "left" if width < 500 else "right",
+            "va": "top",
+            "linespacing": 1.25,
+            "color": theme["muted"],
+        }
         ax.text(0 if width < 500 else 1, level, _told(row), transform=across, **aside)
         _interval(ax, row, top + len(lines) * LINE + 27, theme)
         top += _row_height(row["label"], width)
