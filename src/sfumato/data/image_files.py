@@ -133,31 +133,17 @@ def load(
     Raises:
         BadData: no image can be read.
     """
-    look = _Look(len(found.entries), cache_bytes, max_pixels)
-    sides = [side for side in (found.entries, found.targets) if side is not None]
-    seen = list(zip(*(_map(look, side) for side in sides), strict=True))
-    rows = [i for i, row in enumerate(seen) if not any(isinstance(one, BadData) for one in row)]
-    bad = [(entry.name, str(one)) for entries, row in zip(zip(*sides, strict=True), seen, strict=True)
-           for entry, one in zip(entries, row, strict=True) if isinstance(one, BadData)]  # fmt: skip
-    bad = [(name, reason.removeprefix(f"{name}: ")) for name, reason in bad]
-    if not rows:
-        raise BadData(f"{where}: none of its {len(seen)} images can be read; {bad[0][0]}: {bad[0][1]}")
-    found, good = found.select(rows), [[one for one in seen[i] if isinstance(one, Seen)] for i in rows]
-    headers = [[one.header for one in row] for row in good]
-    channels = channels or max(h.channels for row in headers for h in row)
-    notes = [_channel_note([row[0].channels for row in headers], channels)]
-    counts = Counter(note for row in good for one in row for note in one.notes)
-    notes += [f"{count} of {len(rows)} images: {note}" for note, count in counts.items()]
-    columns = [[one.pixels for one in column] for column in zip(*good, strict=True)]
-    items: Items = OnDisk(found, [row[0] for row in headers], channels, max_pixels)
-    if sum(channels * h.height * h.width for row in headers for h in row) <= cache_bytes:
-        x, *target = ([to_channels(p, channels) for p in column if p is not None] for column in columns)
-        if len(x) == len(rows) and all(len(t) == len(rows) for t in target):
+    found, seen = _look_at_all(found, _Look(len(found.entries), cache_bytes, max_pixels), where)
+    channels = channels or max(one.header.channels for row in seen for one in row)
+    items: Items = OnDisk(found, [row[0].header for row in seen], channels, max_pixels)
+    if sum(channels * one.header.height * one.header.width for row in seen for one in row) <= cache_bytes:
+        columns = [[one.pixels for one in column if one.pixels is not None] for column in zip(*seen, strict=True)]
+        if all(len(column) == len(seen) for column in columns):  # 16 bits take twice the room
+            x, *target = ([to_channels(pixels, channels) for pixels in column] for column in columns)
             labels = None if found.labels is None else torch.tensor(found.labels)
             items = InMemory(x, labels, target[0] if target else None)
     names = [entry.name for entry in found.entries]
-    skipped = [*found.skipped, *bad]
-    return ImageSet(items, classes=found.classes, names=names, skipped=skipped, notes=[note for note in notes if note])
+    return ImageSet(items, classes=found.classes, names=names, skipped=found.skipped, notes=_notes(seen, channels))
 
 
 class Seen(NamedTuple):
@@ -186,6 +172,26 @@ class _Look:
         return Seen(Header(channels, height, width), picture.notes, picture.pixels if self.room >= 0 else None)
 
 
+def _look_at_all(found: Found, look: _Look, where: str) -> tuple[Found, list[tuple[Seen, ...]]]:
+    """The images that can be read (with their targets) and what was seen of them; the others join the skipped ones."""
+    sides = [found.entries] if found.targets is None else [found.entries, found.targets]
+    rows = list(zip(*(_map(look, side) for side in sides), strict=True))
+    good: dict[int, tuple[Seen, ...]] = {}
+    bad = []
+    for i, row in enumerate(rows):
+        good[i] = tuple(one for one in row if isinstance(one, Seen))
+        if len(good[i]) < len(row):
+            del good[i]
+            bad += [(side[i].name, str(one)) for side, one in zip(sides, row, strict=True) if isinstance(one, BadData)]
+    bad = [(name, reason.removeprefix(f"{name}: ")) for name, reason in bad]
+    if not good:
+        count = f"none of its {len(rows)} images can be read; {bad[0][0]}: " if len(rows) > 1 else ""
+        raise BadData(f"{where}: {count}{bad[0][1]}")
+    kept = found.select(list(good))
+    kept.skipped = [*found.skipped, *bad]
+    return kept, list(good.values())
+
+
 def _map(look: Callable[[Entry], Out], entries: list[Entry]) -> list[Out]:
     """In a few threads where the images are large enough to gain by it."""
     if sum(entry.stored_bytes() for entry in entries[:16]) < 16 * 50_000:
@@ -198,7 +204,10 @@ def _decode(entry: Entry, max_pixels: int | None) -> Picture:
     return as_picture(decode(entry.source(), max_pixels, name=entry.name))
 
 
-def _channel_note(stored: list[int], channels: int) -> str:
-    other = sum(c != channels for c in stored)
-    change = "grey repeated to 3 channels" if channels == 3 else "colour made grey"
-    return f"{other} of {len(stored)} images: {change}" if other else ""
+def _notes(seen: list[tuple[Seen, ...]], channels: int) -> list[str]:
+    """What was converted, and how often."""
+    counts = Counter(note for row in seen for one in row for note in one.notes)
+    other = sum(row[0].header.channels != channels for row in seen)
+    if other:
+        counts["grey repeated to 3 channels" if channels == 3 else "colour made grey"] = other
+    return [f"{count} of {len(seen)} images: {note}" for note, count in counts.items()]

@@ -4,7 +4,7 @@
 |---|---|
 | `sample:photos`, `digits`, `faces`, `video` | real data that needs no download |
 | a folder | images in it and below it; sub-folders may be classes, or `train` and `test` (or `val`) |
-| a file | one image; `.npz` and `.npy` arrays; a `.tar` of images |
+| a file | one image; the frames of a video; `.npz` and `.npy` arrays; a `.tar` of images |
 | `arrays:FILE.npz` | arrays `x` or `images`, and maybe `y` or `labels`, `target`; or `x_train`, `x_test`, ... |
 | `pairs:IN:TARGET` | two folders of images with the same names |
 | `wds://PATTERN` | WebDataset shards, such as `wds://train-{000..009}.tar` |
@@ -38,9 +38,12 @@ from sfumato.data.folders import find_images, find_pairs
 from sfumato.data.image_files import CACHE_BYTES, Entry, Found, load
 from sfumato.data.image_set import ImageSet, InMemory, summary, to_channels
 from sfumato.data.shards import open_hub, open_shards
+from sfumato.data.video_file import VIDEO_SUFFIXES, open_video
 from sfumato.errors import BadData, BadSetting, nearest
 
-ALLOWED = "sample:photos|digits|faces|video, a folder, an image, arrays:FILE.npz, pairs:IN:TARGET, wds://PATTERN, hf://NAME"
+ALLOWED = (
+    "sample:photos|digits|faces|video, a folder, an image, a video, arrays:FILE.npz, pairs:IN:TARGET, wds://PATTERN, hf://NAME"
+)
 """The kinds of place, in words for a person."""
 
 _CLIPS = {"train": 200, "test": 40}  # of 8 frames, 64 pixels a side: 20 MB
@@ -128,7 +131,11 @@ def _open_path(path: Path, place: str, split: str, holdout: float, limits: dict[
         return open_arrays(path, split, channels=limits["channels"], holdout=holdout)
     if path.suffix.lower() == ".tar":
         return open_shards(str(path), split, holdout=holdout, **limits)
-    return load(Found([Entry(str(path), path.name)]), where=place, **limits) if split == "train" else None
+    if split == "test":
+        return None
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        return open_video(path, channels=limits["channels"], cache_bytes=limits["cache_bytes"])
+    return load(Found([Entry(str(path), path.name)]), where=place, **limits)
 
 
 def _pairs(place: str) -> Found:
