@@ -221,6 +221,22 @@ def reproduce(
         raise typer.Exit(1)
 
 
+@app.command(
+    rich_help_panel=CATALOGUE,
+    epilog=examples("sfumato demo  # about four minutes on two cores", "sfumato demo --photo path.jpg -o demo/"),
+)
+def demo(
+    photo: Annotated[Path | None, typer.Option("--photo", "-p", help="Your own picture (default: one that is shipped).")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where runs, pictures and the page go.")] = Path("demo"),
+    pace: Annotated[float, typer.Option("--pace", min=0.001, max=100, help="Share of the usual training.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of noise, weights and batches.")] = 0,
+) -> None:
+    """Restore a photograph, train masked autoencoders, compare optimizers: one page."""
+    from sfumato.cli import demo as work
+
+    work.demo(photo, out, pace, seed)
+
+
 runs_app = typer.Typer(no_args_is_help=False, invoke_without_command=True, help="List, show or remove runs.")
 app.add_typer(runs_app, name="runs", rich_help_panel=LOOKING)
 

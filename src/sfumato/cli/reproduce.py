@@ -57,7 +57,7 @@ def one(slug: str, seeds: int | None, processes: int, out: Path, store: bool, qu
     (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     from sfumato.report.claim_report import write_claim_report
 
-    page = write_claim_report(record, folder / "report.html")
+    page = write_claim_report(record, folder / "report.html", pictures=folder / "pictures")
     if store:
         (RECORDS / f"{slug}.json").write_text(json.dumps(record, indent=1) + "\n")
     worse = []
@@ -73,5 +73,5 @@ def one(slug: str, seeds: int | None, processes: int, out: Path, store: bool, qu
                 )
                 say(f"  - {f['condition']}{interval}: {f['verdict']}")
     if not quiet:
-        say(f"  record: {folder / 'record.json'}\n  report: {page or folder / 'report.html'}")
+        say(f"  record: {folder / 'record.json'}\n  report: {page}")
     return {**record, "worse": worse}

@@ -50,8 +50,9 @@ def demo(photo: Path | None, out: Path, pace: float, seed: int) -> Path:
         columns=["what", "time"],
     )
     page.text(
-        f"PyTorch {torch.__version__} with {torch.get_num_threads()} threads, {platform.machine()}, Python {platform.python_version()}, "
-        f"seed {seed}. Run it on a picture of yours: `make demo PHOTO=path.jpg`, or `sfumato demo --photo path.jpg`."
+        f"PyTorch {torch.__version__} with {torch.get_num_threads()} threads, {platform.machine()}, "
+        f"Python {platform.python_version()}, seed {seed}. "
+        "Run it on a picture of yours: `make demo PHOTO=path.jpg`, or `sfumato demo --photo path.jpg`."
     )
     path = page.write(out / "report.html")
     hint("")

@@ -28,10 +28,10 @@ def act(page: Any, out: Path, pace: float, seed: int) -> None:
     """Train one autoencoder a colour; show masks, reconstructions and losses."""
     data = as_data(photo_crops(2048, 32, split="train", generator=torch.Generator().manual_seed(seed)))
     held_out = photo_crops(4, 32, split="test", generator=torch.Generator().manual_seed(seed + 1))
+    steps = max(10, round(STEPS * pace))
     curves, pictures, rows = {}, {}, []
     for name, (kind, settings) in ARMS.items():
         hint(f"{name} masks")
-        steps = max(10, round(STEPS * pace))
         method = build(
             kind, data.facts, preset="small", settings={**settings, "steps": steps, "norm_pix": False}, seed=seed, device="cpu"
         )
@@ -49,10 +49,11 @@ def act(page: Any, out: Path, pace: float, seed: int) -> None:
     page.section(
         "What a masked autoencoder makes of three kinds of mask",
         intro=(
-            "Three quarters of each 32x32 crop are hidden and must be painted in. White masks are MAE's (He et al. 2021); green and red ones come from "
-            "filtered noise (ColorMAE, Hinojosa et al. 2024): the same count of hidden patches, spread in clusters (green) or in large blobs (red). All "
-            f"three networks are alike and had {len(data)} crops of sample photographs and {max(10, round(STEPS * pace))} steps; the crops below come from "
-            "photographs they never saw. Look at how much harder red blobs are to fill than white specks."
+            "Three quarters of each 32x32 crop are hidden and must be painted in. White masks are MAE's (He et al. 2021); green and "
+            "red ones come from filtered noise (ColorMAE, ECCV 2024): the same count of hidden patches, spread in clusters (green) or "
+            f"in large blobs (red). The three networks are alike and had the same {len(data)} crops of sample photographs and {steps} "
+            "steps; the crops below come from photographs they never saw. Look at how much harder red blobs are to fill than white "
+            "specks."
         ),
     )
     labels = {"picture": "picture"} | {f"{name}: {row}": row for name in pictures for row in ("masked", "reconstruction")}
