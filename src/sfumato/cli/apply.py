@@ -30,7 +30,7 @@ def apply(run: Path, inputs: list[Path], out: Path, *, verb: str | None, device:
     with torch.inference_mode():
         APPLICABLE[verb](method, pictures, out, run)
     for path, reason in pictures.skipped:
-        hint(f"skipped {path}: {reason}")
+        hint(f"skipped {reason}")
     if not pictures.done:
         raise BadData(f"none of the {len(pictures.skipped)} files could be read as a picture")
 

@@ -139,6 +139,11 @@ class ImageSet(Dataset[Sample]):
                     self.skipped.append(reason)
         raise BadData(f"none of the {len(self)} images can be read any more; the last one: {self.skipped[-1][1]}")
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether samples lie decoded in memory, so that loading processes would gain nothing."""
+        return hasattr(self.items, "gather")
+
     def gather(self, index: Tensor) -> Batch:
         """The samples at `index` `[B]` as one batch on the CPU; no loop over samples where they lie in memory.
 

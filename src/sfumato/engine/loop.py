@@ -174,8 +174,8 @@ class Trainer:
             return stream_loader(self.data, start=start, accumulate=options.accumulate)
         workers = options.workers
         if workers is None:
-            in_memory = getattr(self.data, "in_memory", True)
-            workers = 0 if in_memory and self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+            idle = getattr(self.data, "in_memory", True) and self.device.type == "cpu"
+            workers = 0 if idle else min(8, os.cpu_count() or 1)
         return stream(
             self.data,
             self.method.augment(),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sfumato.data.image_set import as_unit
 from sfumato.engine.randomness import key
 from sfumato.errors import BadData, BadSetting
 from sfumato.method import Batch
@@ -70,13 +71,12 @@ class Augmented(Dataset[Any]):
                     from torchvision.tv_tensors import Image
 
                     x, target = self.augment(Image(x), Image(target))
-        return as_float(x), index, sample.label, None if target is None else as_float(target)
+        return unit(x), index, sample.label, None if target is None else unit(target)
 
 
-def as_float(x: Tensor) -> Tensor:
-    """Pixels in [0, 1]: whole numbers are divided by the largest one of their kind."""
-    x = x.as_subclass(Tensor)
-    return x if x.is_floating_point() else x.to(torch.float32) / (65535 if x.dtype == torch.uint16 else 255)
+def unit(x: Tensor) -> Tensor:
+    """Pixels in [0, 1], as a plain tensor."""
+    return as_unit(x.as_subclass(Tensor))
 
 
 def collate(samples: list[tuple[Tensor, int, int | None, Tensor | None]]) -> Batch:
@@ -107,7 +107,7 @@ def stream(
 ) -> Stream:
     """The micro-batches of step `start`, then of the next, without end."""
     order = Order(len(data), batch_size=batch_size, accumulate=accumulate, rank=rank, world=world, start=start, seed=seed)
-    if augment is None and getattr(data, "gather", None) is not None and data.facts.size is not None:
+    if augment is None and getattr(data, "in_memory", False) and data.facts.size is not None:
         batches: Iterable[Batch] = (data.gather(torch.tensor([i for _, i in keys])) for keys in order)
     else:
         batches = DataLoader(
@@ -137,7 +137,7 @@ def stream_loader(loader: Iterable[Any], *, start: int, accumulate: int = 1) -> 
                 else:
                     label = rest[0] if rest and not rest[0].is_floating_point() else None
                     target = rest[0] if rest and rest[0].is_floating_point() else None
-                    yield Batch(as_float(x), torch.arange(seen, seen + len(x)), label, target)
+                    yield Batch(unit(x), torch.arange(seen, seen + len(x)), label, target)
                 seen += len(x)
             if seen == before:
                 raise BadData("the loader is empty")
