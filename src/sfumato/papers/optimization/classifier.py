@@ -1,0 +1,346 @@
+"""A classifier on labelled pictures: the base on which optimizers, losses and pre-trained encoders are tried.
+
+L(θ) = mean cross-entropy of softmax(f_θ(x)) against labels smoothed by s: (1 − s)·onehot(y) + s / K. Not a paper. Optimizers with
+a second derivative work for every network: they run attention through a kernel that has one.
+
+Batch normalisation: micro-batches and processes then normalise by their own statistics, so accumulating or distributing is not
+exactly the same as one large batch (it is for networks without it).
+
+>>> import torch
+>>> from sfumato.data import Batch
+>>> from sfumato.papers.optimization.classifier import Classifier
+>>> method = Classifier(Classifier.Config.small(channels=1, classes=3, image_size=8))
+>>> loss = method.loss(Batch(torch.rand(4, 1, 8, 8), torch.arange(4), torch.tensor([0, 1, 2, 0])), None)
+>>> loss.value.shape, loss.weight, method.predict(torch.rand(2, 1, 20, 13)).shape
+(torch.Size([]), 4, torch.Size([2, 3]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import Self
+
+from sfumato.data.batch import Batch, Facts
+from sfumato.errors import BadCheckpoint, BadData, BadSetting, nearest
+from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
+from sfumato.nn.masked_vit import MaskedViTEncoder
+from sfumato.optim.adahessian import AdaHessian
+from sfumato.optim.schedules import cosine_warmup, linear_ramp
+
+OWN_MODELS = ("conv", "mlp", "vit")
+CUSTOMARY = {  # (learning rate, weight decay)
+    "sgd": (0.1, 5e-4),
+    "adam": (1e-3, 0.0),
+    "adamw": (1e-3, 0.01),
+    "adahessian": (0.15, 5e-4 / 0.15),  # the official script divides its 5e-4 by the learning rate
+    "lbfgs": (1.0, 0.0),
+}
+
+
+class SupervisedConfig(MethodConfig):
+    """What a network, its optimizer and its pictures need; shared by classifier and regressor."""
+
+    model: str = Field("resnet18", description="conv, mlp, vit, or any timm model (without pretrained weights)")
+    channels: int | None = Field(None, gt=0, description="image channels; None: those of the data")
+    image_size: int | None = Field(None, gt=0, description="pixels a side; None: as the data, at most 224 (conv, mlp, vit: 32)")
+    crop: bool | None = Field(None, description="cut pictures to image_size while loading; None: when their sizes differ")
+    augment: bool = Field(True, description="random crops and flips while training")
+    mean: float | tuple[float, ...] = Field(0.5, description="pixel mean that is subtracted (one number or one a channel)")
+    std: float | tuple[float, ...] = Field(0.25, description="pixel deviation that is divided by (one number or one a channel)")
+    optimizer: Literal["sgd", "adam", "adamw", "adahessian", "lbfgs"] = Field("sgd", description="what trains the weights")
+    lr: float | None = Field(None, gt=0, description="learning rate; None: customary for the optimizer")
+    weight_decay: float | None = Field(None, ge=0, description="weight decay; None: customary for the optimizer")
+    optimizer_settings: dict[str, Any] = Field({}, description="further arguments of the optimizer, such as hessian_every")
+    schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="of the rate; step: times 0.1 at 1/2 and 3/4")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which the learning rate rises from 0")
+    encoder_settings: dict[str, Any] | None = Field(None, description="of a vit, as its encoder records them; None: a small one")
+
+    def largest_size(self) -> int:
+        """The side of a picture that the network is made for when the data does not say."""
+        return 32 if self.model in OWN_MODELS else 224
+
+    def fitted(self, facts: Facts) -> Self:
+        """Channels, classes and size from the data."""
+        config = super().fitted(facts)
+        largest = self.largest_size()
+        size = min(largest, *facts.size) if facts.size else largest
+        update = {
+            "image_size": config.image_size or size,
+            "crop": config.crop if config.crop is not None else facts.size is None,
+        }
+        return type(config).model_validate({**config.model_dump(), **update})
+
+
+class Network(nn.Module):
+    """A trunk that turns normalised pictures into features `[B, D]`, and a linear head."""
+
+    def __init__(self, trunk: nn.Module, dim: int, outputs: int) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, nn.Linear(dim, outputs)
+
+    def features(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, D]`."""
+        features: Tensor = self.trunk(x)
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, outputs]`."""
+        outputs: Tensor = self.head(self.features(x))
+        return outputs
+
+
+class Pooled(nn.Module):
+    """A vision transformer with its tokens averaged."""
+
+    def __init__(self, encoder: MaskedViTEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, D]`."""
+        return self.encoder.features(x)
+
+
+def build_network(config: SupervisedConfig, outputs: int) -> Network:
+    """The network that a config names, with fresh weights.
+
+    Raises:
+        BadSetting: an unknown model name, or channels that neither the settings nor the data gave.
+    """
+    size, channels = config.image_size or 224, config.channels
+    if channels is None:
+        raise BadSetting("channels is not set, and there is no data to take it from: say channels=3 (colour) or 1 (grey)")
+    if config.model == "conv":
+        return Network(_conv_trunk(channels), 16 * ((size + 1) // 2) ** 2, outputs)
+    if config.model == "mlp":
+        layers = nn.Linear(channels * size**2, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
+        return Network(nn.Sequential(nn.Flatten(), *layers), 256, outputs)
+    if config.model == "vit":
+        encoder = MaskedViTEncoder(**(config.encoder_settings or _small_vit(size, channels)))
+        return Network(Pooled(encoder), encoder.dim, outputs)
+    return _timm_network(config.model, size, channels, outputs)
+
+
+def _conv_trunk(channels: int) -> nn.Sequential:
+    """Two convolutions of 16 channels, the second with stride 2: enough for 8 x 8 digits."""
+    first = nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+    second = nn.Conv2d(16, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+    return nn.Sequential(*first, *second, nn.Flatten())
+
+
+def _small_vit(size: int, channels: int) -> dict[str, Any]:
+    patch = next(p for p in (16, 8, 4, 2, 1) if size % p == 0 and size // p >= min(6, size))
+    return {"size": size, "patch": patch, "channels": channels, "dim": 96, "depth": 4, "heads": 3}
+
+
+def _timm_network(name: str, size: int, channels: int, outputs: int) -> Network:
+    import timm
+
+    if not timm.is_model(name):
+        near = nearest(name, (*OWN_MODELS, *timm.list_models())) or list(OWN_MODELS)
+        raise BadSetting(f"there is no model {name!r}; did you mean {', '.join(near)}?")
+    settings: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": channels}
+    try:
+        trunk: Any = timm.create_model(name, img_size=size, **settings)  # transformers must know it,
+    except TypeError:
+        trunk = timm.create_model(name, **settings)  # convolutions do not take it
+    return Network(trunk, getattr(trunk, "head_hidden_size", None) or trunk.num_features, outputs)
+
+
+class Supervised(Method):
+    """What classifier and regressor share: the network, the optimizer and its schedule, and the way pictures are brought in."""
+
+    network: nn.Module
+    mean: Tensor
+    std: Tensor
+    carried: ClassVar[tuple[str, ...]] = ("model", "channels", "image_size", "mean", "std", "encoder_settings")
+    """Settings that make the network, and therefore come from the run that a new one starts from."""
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.network = self.build()
+        shape = (-1, 1, 1)
+        self.register_buffer("mean", torch.tensor(self.config.mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(self.config.std).view(shape), persistent=False)
+
+    def build(self) -> nn.Module:
+        """The network that the settings name."""
+        raise NotImplementedError
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width that the network takes."""
+        size = (self.config.encoder_settings or {}).get("size") or self.config.image_size or 224
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Any picture in [0, 1] as the network takes it: shorter side resized, middle cut out, normalised."""
+        height, width = self.size
+        scale = max(height / x.shape[-2], width / x.shape[-1])
+        if scale != 1:
+            resized = (max(height, round(x.shape[-2] * scale)), max(width, round(x.shape[-1] * scale)))
+            x = F.interpolate(x, resized, mode="bilinear", antialias=True)
+        top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
+        return (x[..., top : top + height, left : left + width] - self.mean) / self.std
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features `[B, D]`, what the last layer reads, of pictures `[B, C, H, W]` in [0, 1]."""
+        features: Tensor = self.network.features(self.prepare(x))  # type: ignore[operator]
+        return features
+
+    def steps(self, ctx: Context) -> Generator[Step, Result, None]:
+        """One step at the scheduled learning rate."""
+        ctx.scale_lr(lr_factor(self.config.schedule, self.config.warmup, ctx.progress))
+        yield Step("net", (self.loss,))
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The optimizer that was asked for, over all weights alike."""
+        return {"net": make_optimizer(self.config, [p for p in self.parameters() if p.requires_grad])}
+
+    def augment(self) -> Callable[..., Any] | None:
+        """Random crops and flips, or only what gives the pictures one size."""
+        from torchvision.transforms import v2
+
+        chosen: list[nn.Module] = []
+        if self.config.augment:
+            chosen = [v2.RandomResizedCrop(self.size, scale=(0.2, 1.0), antialias=True), v2.RandomHorizontalFlip()]
+        elif self.config.crop:
+            chosen = [v2.Resize(min(self.size), antialias=True), v2.CenterCrop(self.size)]
+        transform: Callable[..., Any] | None = v2.Compose(chosen) if chosen else None
+        return transform
+
+    @classmethod
+    def init_from(cls, config: Any, previous: Method) -> Self:
+        """Start from another run's network: a classifier or regressor, or any method with a vision transformer as `encoder`.
+
+        What makes the network is written into the new config, so a checkpoint needs nothing of the earlier run. A head of
+        another width starts fresh.
+
+        Raises:
+            BadCheckpoint: a run without such an encoder.
+        """
+        if isinstance(previous, Supervised):
+            known = [name for name in cls.carried if hasattr(previous.config, name)]
+            update = {name: getattr(previous.config, name) for name in known}
+            source: nn.Module = previous.network
+        elif isinstance(encoder := getattr(previous, "encoder", None), MaskedViTEncoder):
+            size = encoder.settings["size"]
+            update = {"model": "vit", "encoder_settings": dict(encoder.settings), "channels": encoder.channels}
+            update["image_size"] = size if isinstance(size, int) else min(size)
+            update |= {name: getattr(previous.config, name) for name in ("mean", "std") if hasattr(previous.config, name)}
+            source = encoder
+        else:
+            raise BadCheckpoint(f"{cls.__name__} starts from a run with an encoder; {type(previous).__name__} has none")
+        method = cls(type(config).model_validate({**config.model_dump(), **update}))
+        target = method.network if isinstance(previous, Supervised) else method.network.trunk.encoder  # type: ignore[union-attr]
+        _copy_weights(source, target)  # type: ignore[arg-type]
+        return method
+
+
+def _copy_weights(source: nn.Module, target: nn.Module) -> None:
+    wanted, state = target.state_dict(), source.state_dict()
+    fits = {name: t for name, t in state.items() if name in wanted and wanted[name].shape == t.shape}
+    if any(name not in fits and not name.startswith("head.") for name in wanted):
+        raise BadCheckpoint("the weights do not fit the network: start from a run of the same model")
+    target.load_state_dict(fits, strict=False)
+
+
+def lr_factor(schedule: str, warmup: float, progress: float) -> float:
+    """The learning rate at a point of the training, as a share of the one that was set."""
+    if schedule == "cosine":
+        return cosine_warmup(progress, warmup=warmup)
+    rise = linear_ramp(progress, end=warmup) if warmup else 1.0
+    falls = (progress >= 0.5) + (progress >= 0.75) if schedule == "step" else 0
+    return float(rise * 0.1**falls)
+
+
+def make_optimizer(config: SupervisedConfig, params: list[nn.Parameter]) -> Optimizer:
+    """The optimizer that a config names.
+
+    Raises:
+        BadSetting: arguments that it does not take.
+    """
+    usual_lr, usual_decay = CUSTOMARY[config.optimizer]
+    lr = usual_lr if config.lr is None else config.lr
+    decay = usual_decay if config.weight_decay is None else config.weight_decay
+    settings: dict[str, Any] = {"lr": lr, "weight_decay": decay}
+    if config.optimizer == "sgd":
+        settings["momentum"] = 0.9
+    if config.optimizer == "lbfgs":
+        if decay:
+            raise BadSetting("lbfgs has no weight decay: leave weight_decay at none")
+        settings = {"lr": lr, "line_search_fn": "strong_wolfe"}
+    kinds: dict[str, Callable[..., Optimizer]] = {
+        "sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW,
+        "adahessian": AdaHessian, "lbfgs": torch.optim.LBFGS,
+    }  # fmt: skip
+    try:
+        return kinds[config.optimizer](params, **{**settings, **config.optimizer_settings})
+    except (TypeError, ValueError) as error:
+        raise BadSetting(f"optimizer_settings={config.optimizer_settings} do not suit {config.optimizer}: {error}") from None
+
+
+class Classifier(Supervised):
+    """Pictures to class probabilities, with any network and optimizer."""
+
+    class Config(SupervisedConfig):
+        classes: int | None = Field(None, gt=1, description="number of classes; None: those of the data")
+        label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+
+        @classmethod
+        def small(cls, **over: Any) -> Self:
+            """Two convolutions, 300 steps of AdamW: a minute on a CPU."""
+            preset: dict[str, Any] = {"model": "conv", "optimizer": "adamw", "lr": 1e-2, "steps": 300, "augment": False}
+            return cls(**{**preset, **over})
+
+    needs: ClassVar[tuple[str, ...]] = ("x", "label")
+
+    def build(self) -> nn.Module:
+        """The network, with one output a class."""
+        if self.config.classes is None:
+            raise BadSetting("classes is not set, and there is no labelled data to count them in: say classes=10")
+        return build_network(self.config, self.config.classes)
+
+    def loss(self, batch: Batch, ctx: Context) -> Loss:
+        """Mean cross-entropy, with the accuracy logged."""
+        logits, label = self.network(self.prepare(batch.x)), _label(batch)
+        value = F.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing)
+        return Loss(value, len(batch), {"accuracy": (logits.argmax(1) == label).float().mean()})
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Class probabilities `[B, K]` of pictures `[B, C, H, W]` in [0, 1], any height and width."""
+        probabilities: Tensor = self.network(self.prepare(x)).softmax(1)
+        return probabilities
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Accuracy and mean cross-entropy on held-out data."""
+        right = total = torch.zeros((), dtype=torch.float64, device=self.device)
+        count = 0
+        for batch in batches:
+            logits, label = self.network(self.prepare(batch.x)), _label(batch)
+            right = right + (logits.argmax(1) == label).sum()
+            total = total + F.cross_entropy(logits, label, reduction="sum")
+            count += len(batch)
+        return {"accuracy": float(right) / max(1, count), "loss": float(total) / max(1, count)}
+
+    def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """The pictures, and where the winning class is most sensitive to them."""
+        with torch.enable_grad():
+            x = batch.x.detach().clone().requires_grad_()
+            slope = torch.autograd.grad(self.network(self.prepare(x)).amax(1).sum(), x)[0]
+        heat = slope.abs().amax(1, keepdim=True)
+        return {"pictures": batch.x, "sensitive to": heat / heat.amax((2, 3), keepdim=True).clamp_min(1e-12)}
+
+
+def _label(batch: Batch) -> Tensor:
+    if batch.label is None:
+        raise BadData("a classifier needs a label with every picture: give one folder per class")
+    return batch.label
