@@ -4,10 +4,17 @@ from .flat import unflatten_params as unflatten_params
 from .masked_vit import EncoderOutput as EncoderOutput
 from .masked_vit import MaskedDecoder as MaskedDecoder
 from .masked_vit import MaskedViTEncoder as MaskedViTEncoder
+from .padding import pad_to_multiple as pad_to_multiple
+from .padding import reflect_pad as reflect_pad
+from .padding import tiled_apply as tiled_apply
 from .patches import fold_patches as fold_patches
 from .patches import patchify as patchify
 from .patches import unfold_patches as unfold_patches
 from .patches import unpatchify as unpatchify
+from .phase_batches import batch_to_space as batch_to_space
+from .phase_batches import random_subsample_index as random_subsample_index
+from .phase_batches import space_to_batch as space_to_batch
+from .phase_batches import subsample as subsample
 from .pixel_head import PixelShuffleHead as PixelShuffleHead
 from .positions import RelativePositionBias as RelativePositionBias
 from .positions import sincos_2d as sincos_2d

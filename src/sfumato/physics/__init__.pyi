@@ -1,0 +1,1 @@
+from .spatial_noise import correlated_noise as correlated_noise

@@ -1,3 +1,12 @@
+from .denoisers import blindness as blindness
+from .denoisers import noise_autocorrelation as noise_autocorrelation
+from .evaluation import TokenScores as TokenScores
+from .evaluation import extract_features as extract_features
+from .evaluation import finetune_probe as finetune_probe
+from .evaluation import knn_probe as knn_probe
+from .evaluation import layer_probe as layer_probe
+from .evaluation import linear_probe as linear_probe
+from .evaluation import token_probe as token_probe
 from .krylov import Density as Density
 from .krylov import Eigenpairs as Eigenpairs
 from .krylov import Lanczos as Lanczos
