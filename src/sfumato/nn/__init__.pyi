@@ -1,3 +1,5 @@
+from .blind_spot import CentreMaskedConv2d as CentreMaskedConv2d
+from .blind_spot import ConditionalBlindSpotNet as ConditionalBlindSpotNet
 from .flat import flatten_params as flatten_params
 from .flat import layer_slices as layer_slices
 from .flat import unflatten_params as unflatten_params
