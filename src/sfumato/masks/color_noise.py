@@ -126,6 +126,7 @@ def color_noise_mask(
     *,
     color: str = "green",
     sigma: Sigma = None,
+    white: Tensor | None = None,
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -137,13 +138,14 @@ def color_noise_mask(
         ratio: hidden share, 0 to 1.
         color: "white", "red", "blue", "green" or "purple".
         sigma: width(s) of the Gaussians in tokens, see `transfer_function`.
+        white: `[B, rows, columns]`; given, it is filtered and nothing is drawn.
         device: of the mask; None: the generator's.
         generator: source of the noise.
 
     Returns:
         `[B, L]` bool, True = hidden.
     """
-    noise = colored_noise(batch, grid, color, sigma=sigma, device=device, generator=generator)
+    noise = colored_noise(batch, grid, color, sigma=sigma, white=white, device=device, generator=generator)
     return mask_from_scores(noise.flatten(1), ratio=ratio, largest=False)
 
 

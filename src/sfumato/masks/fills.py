@@ -155,10 +155,15 @@ def mask_difficulty(x: Tensor, mask: Tensor, *, sigma: float = 1.0) -> Tensor:
 
 
 def _gaussian(x: Tensor, sigma: float, *, radius: int) -> Tensor:
-    """Separable Gaussian of unit sum, cut at `radius`; nothing lies outside the image."""
-    channels = x.shape[1]
-    line = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
-    kernel = torch.exp(-0.5 * (line / sigma).square())
-    kernel = (kernel / kernel.sum()).expand(channels, 1, -1)
-    x = F.conv2d(x, kernel[..., None, :], padding=(0, radius), groups=channels)
-    return F.conv2d(x, kernel[..., None], padding=(radius, 0), groups=channels)
+    """Gaussian of unit sum, cut at `radius`; nothing lies outside the image.
+
+    Two matrix products: on a CPU an order of magnitude faster than depthwise convolutions with long kernels.
+    """
+
+    def weights(n: int) -> Tensor:  # [n, n], symmetric
+        offset = torch.arange(n, dtype=x.dtype, device=x.device)
+        offset = (offset[:, None] - offset).abs()
+        line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device) / sigma).square())
+        return torch.exp(-0.5 * (offset / sigma).square()) * (offset <= radius) / line.sum()
+
+    return weights(x.shape[-2]) @ x @ weights(x.shape[-1])

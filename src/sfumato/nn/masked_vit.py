@@ -127,7 +127,7 @@ class MaskedViTEncoder(nn.Module):
         elif positions == "sincos":
             self.register_buffer("pos_embed", sincos_2d(dim, self.grid, cls=cls)[None], persistent=False)
         self.position_bias = RelativePositionBias(self.grid, heads, cls=cls) if positions == "relative" else None
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.Sequential(*(_block(dim, heads, mlp_ratio, drop_path=rate, init_values=init_values) for rate in rates))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self._initialise()
