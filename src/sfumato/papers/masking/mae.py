@@ -1,0 +1,363 @@
+"""Masked image modelling: hide most of an image's patches and regress their pixels. The base of the masking family.
+
+    MAE     encoder sees visible patches only;  L = Σ_hidden mean_pixels (x̂ - t)² / #hidden,   t = normalised pixels of the patch
+    SimMIM  mask tokens go through the encoder, a linear head;  L = Σ_hidden |x̂ - x| / #hidden pixels
+
+Sources: He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377; Xie et al. 2021, "SimMIM: A Simple
+Framework for Masked Image Modeling", arXiv 2111.09886.
+
+>>> import torch
+>>> from sfumato.engine import fit
+>>> from sfumato.papers.masking.mae import MAE
+>>> mae = fit(MAE(MAE.Config.small(steps=2)), torch.rand(64, 3, 40, 40), progress=False)
+>>> mae.encode(torch.rand(2, 3, 50, 70)).shape
+torch.Size([2, 64])
+
+A variant of MAE overrides `mask`; a variant with another network overrides `predict_image` and `masked_loss`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import Self
+
+from sfumato.claim import Better, Figures, Lab, claim
+from sfumato.errors import BadCheckpoint
+from sfumato.losses import masked_l1, masked_patch_mse, patch_statistics
+from sfumato.masks import block_mask, fill, random_mask, upsample_mask
+from sfumato.method import Batch, Context, Loss, Method, MethodConfig, Step
+from sfumato.nn import MaskedDecoder, MaskedViTEncoder, PixelShuffleHead, patchify, unpatchify
+from sfumato.optim import cosine_warmup, linear_ramp, lr_for_batch
+
+COLOR_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and deviation of ImageNet's channels; their rounded averages stand in for images that are not RGB."""
+GREY_STATISTICS = ((0.449,), (0.226,))
+
+
+class MaskedConfig(MethodConfig):
+    """What every masked model of the family can be set to; lengths in pixels, shares of 1."""
+
+    size: int = Field(224, gt=0, description="side of the training crop, pixels")
+    patch: int = Field(16, gt=0, description="side of a patch, pixels")
+    channels: int | None = Field(None, gt=0, description="channels of an image; None: as the data has")
+    dim: int = Field(768, gt=0, description="width of the encoder, a multiple of 4 and of heads")
+    depth: int = Field(12, gt=0, description="blocks of the encoder")
+    heads: int = Field(12, gt=0, description="attention heads of the encoder")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLPs over the block's width")
+    mask_ratio: float = Field(0.75, ge=0, le=1, description="share of the patches that is hidden")
+    base_lr: float = Field(1.5e-4, gt=0, description="peak learning rate for 256 samples a step; scaled to batch_size")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW's, not on biases and norms")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which the learning rate rises")
+    crop_scale: tuple[float, float] | None = Field(
+        (0.2, 1.0), description="area of a random crop over the image's, from and to; None: images are taken whole"
+    )
+    flip: bool = Field(True, description="mirror half of the images; off for digits and letters")
+
+
+class MaskedImageModel(Method):
+    """Pixels from context: what MAE, SimMIM and their relatives share. Subclasses give a network and three functions."""
+
+    Config = MaskedConfig
+    mean: Tensor
+    std: Tensor
+    encoder: MaskedViTEncoder
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.channels: int = self.config.channels or 3
+        mean, std = COLOR_STATISTICS if self.channels == 3 else GREY_STATISTICS
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    # ---- what a subclass says
+
+    def mask(self, batch_size: int, generator: torch.Generator, progress: float = 1.0) -> Tensor:
+        """Which patches to hide, `[B, L]` bool; `progress` of the training, for masks that grow harder."""
+        raise NotImplementedError
+
+    def masked_loss(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The loss of normalised images `[B, C, H, W]` under a mask `[B, L]`: a mean over samples."""
+        raise NotImplementedError
+
+    def predict_image(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """What the network expects to see everywhere, as normalised images `[B, C, H, W]`."""
+        raise NotImplementedError
+
+    def lr_factor(self, progress: float) -> float:
+        """The learning rate over its peak."""
+        return cosine_warmup(progress, warmup=self.config.warmup)
+
+    # ---- training
+
+    def loss(self, batch: Batch, ctx: Context) -> Loss:
+        """Draw a mask, predict what it hides."""
+        hidden = self.mask(len(batch), ctx.generator, ctx.progress)
+        return Loss(self.masked_loss(self.normalised(batch.x), hidden), len(batch))
+
+    def steps(self, ctx: Context) -> Any:
+        """One step of AdamW at this moment's learning rate."""
+        ctx.scale_lr(self.lr_factor(ctx.progress))
+        yield Step("net", (self.loss,))
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        """AdamW; no decay for biases, norms, mask tokens and position tables."""
+        from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
+
+        c = self.config
+        plain = [n for n, _ in self.named_parameters() if n.endswith(("mask_token", "pos_embed", "position_bias.table"))]
+        groups = param_groups_weight_decay(self, c.weight_decay, no_weight_decay_list=plain)
+        return {"net": torch.optim.AdamW(groups, lr_for_batch(c.base_lr, 256, c.batch_size), betas=c.betas, fused=True)}
+
+    def augment(self) -> Callable[..., Any] | None:
+        """A random crop, bicubic, and a random flip."""
+        from torchvision.transforms import InterpolationMode, v2
+
+        c, steps = self.config, []
+        if c.crop_scale is not None:
+            crop = v2.RandomResizedCrop(c.size, scale=c.crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+            steps += [crop, v2.Lambda(_clamp_floats)]
+        if c.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        return v2.Compose(steps) if steps else None
+
+    @classmethod
+    def init_from(cls, config: Any, previous: Method) -> Self:
+        """Start with the encoder of another masked model, and with all that is named and shaped alike."""
+        if not isinstance(previous, MaskedImageModel):
+            raise BadCheckpoint(f"{cls.__name__} starts from a masked image model, not from a {type(previous).__name__} run")
+        method = cls(config)
+        try:
+            method.encoder.load_state_dict(previous.encoder.state_dict())
+        except RuntimeError:
+            ours, theirs = method.encoder.settings, previous.encoder.settings
+            unlike = [f"{k}={theirs[k]}" for k in ours if ours[k] != theirs[k]]
+            raise BadCheckpoint(f"the run's encoder has other settings: use {', '.join(unlike)}") from None
+        own = method.state_dict()
+        alike = {k: v for k, v in previous.state_dict().items() if isinstance(v, Tensor) and k in own and v.shape == own[k].shape}
+        method.load_state_dict(alike, strict=False)
+        return method
+
+    # ---- use
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features of images of any size: short side resized, centre cropped, patch tokens averaged.
+
+        Args:
+            x: `[B, C, H, W]` in [0, 1].
+
+        Returns:
+            `[B, dim]`.
+        """
+        return self.encoder.features(self.normalised(_fitted(x, self.config.size)))
+
+    def timm_weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The encoder for timm, see `MaskedViTEncoder.timm_weights`; its inputs are normalised with ImageNet's statistics."""
+        return self.encoder.timm_weights()
+
+    @torch.no_grad()
+    def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures, what is left of them, and visible pixels with predicted hidden ones."""
+        picture = _fitted(batch.x, self.config.size)
+        hidden = self.mask(len(picture), generator)
+        pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch)
+        predicted = self.predict_image(self.normalised(picture), hidden) * self.std + self.mean
+        return {
+            "picture": picture,
+            "masked": fill(picture, pixels, how="color", value=0.5),
+            "reconstruction": torch.where(pixels, predicted, picture).clamp(0, 1),
+        }
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The loss on held-out images, under masks that are the same every time."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        total = count = 0.0
+        for batch in batches:
+            x = self.normalised(_fitted(batch.x, self.config.size))
+            total += float(self.masked_loss(x, self.mask(len(batch), generator))) * len(batch)
+            count += len(batch)
+        return {"masked_loss": total / count} if count else {}
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Images in [0, 1] with ImageNet's mean and deviation taken out."""
+        return (x - self.mean) / self.std
+
+
+class MAE(MaskedImageModel):
+    """A masked autoencoder: the encoder sees a quarter of the patches, a small decoder the holes too."""
+
+    class Config(MaskedConfig):
+        """The base preset, 800 epochs of ImageNet-1k."""
+
+        steps: int = Field(250_000, gt=0, description="optimizer steps; 800 epochs of ImageNet-1k")
+        batch_size: int = Field(4096, gt=0, description="samples a step, over all micro-batches and processes")
+        decoder_dim: int = Field(512, gt=0, description="width of the decoder, a multiple of 4 and of decoder_heads")
+        decoder_depth: int = Field(8, gt=0, description="blocks of the decoder")
+        decoder_heads: int = Field(16, gt=0, description="attention heads of the decoder")
+        norm_pix: bool = Field(True, description="predict pixels normalised within each patch")
+
+        @classmethod
+        def small(cls, **over: Any) -> Self:
+            """Minutes on a CPU: 32-pixel crops, 64 patches, 0.2 million weights."""
+            return cls(**{**_SMALL, **over})
+
+        @classmethod
+        def large(cls, **over: Any) -> Self:
+            """ViT-L/16."""
+            return cls(**{"dim": 1024, "depth": 24, "heads": 16, **over})
+
+        @classmethod
+        def huge(cls, **over: Any) -> Self:
+            """ViT-H/14."""
+            return cls(**{"dim": 1280, "depth": 32, "heads": 16, "patch": 14, **over})
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        c = self.config
+        self.encoder = MaskedViTEncoder(c.size, c.patch, self.channels, c.dim, c.depth, c.heads, mlp_ratio=c.mlp_ratio)
+        numbers = c.patch**2 * self.channels
+        self.decoder = MaskedDecoder(
+            c.dim, c.decoder_dim, c.decoder_depth, c.decoder_heads, numbers, self.encoder.grid, mlp_ratio=c.mlp_ratio
+        )
+
+    def mask(self, batch_size: int, generator: torch.Generator, progress: float = 1.0) -> Tensor:
+        """Uniformly random, exactly L - floor(L (1 - ratio)) a sample."""
+        return random_mask(batch_size, self.encoder.grid, self.config.mask_ratio, generator=generator)
+
+    def predict_patches(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Numbers for every patch, `[B, L, p²C]`, from the visible ones."""
+        return self.decoder(self.encoder(x, hidden), hidden)  # type: ignore[no-any-return]
+
+    def masked_loss(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Squared error of the hidden patches' (normalised) pixels."""
+        target = patchify(x, self.config.patch)
+        return masked_patch_mse(self.predict_patches(x, hidden), target, hidden, norm=self.config.norm_pix)
+
+    def predict_image(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The prediction as an image; normalised pixels get their patch's own mean and deviation back."""
+        c, predicted = self.config, self.predict_patches(x, hidden)
+        if c.norm_pix:
+            mean, var = patch_statistics(patchify(x, c.patch))
+            predicted = predicted * var.sqrt() + mean
+        return unpatchify(predicted, c.patch, self.encoder.grid, self.channels)
+
+
+class SimMIM(MaskedImageModel):
+    """Mask tokens through the whole encoder, one linear layer to pixels, absolute error."""
+
+    class Config(MaskedConfig):
+        """ViT-B, 800 epochs of ImageNet-1k."""
+
+        steps: int = Field(500_000, gt=0, description="optimizer steps; 800 epochs of ImageNet-1k")
+        batch_size: int = Field(2048, gt=0, description="samples a step, over all micro-batches and processes")
+        clip_norm: float | None = Field(5.0, gt=0, description="largest gradient norm; None: no clipping")
+        mask_ratio: float = Field(0.6, ge=0, le=1, description="share of the mask units that is hidden")
+        mask_unit: int = Field(32, gt=0, description="side of a mask unit, pixels; a multiple of patch")
+        positions: str = Field("relative", pattern="^(relative|sincos|learned)$", description="how tokens know their place")
+        drop_path: float = Field(0.1, ge=0, lt=1, description="share of residual branches skipped at the last block")
+        base_lr: float = Field(5e-5, gt=0, description="peak learning rate for 256 samples a step; scaled to batch_size")
+        betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's")
+        warmup: float = Field(0.0125, ge=0, lt=1, description="share of the steps over which the learning rate rises")
+        drop_at: float = Field(0.875, ge=0, le=1, description="share of the steps after which the rate is a tenth")
+        crop_scale: tuple[float, float] | None = Field(
+            (0.67, 1.0), description="area of a random crop over the image's, from and to; None: images are taken whole"
+        )
+
+        @classmethod
+        def small(cls, **over: Any) -> Self:
+            """Minutes on a CPU: 32-pixel crops, 64 patches."""
+            encoder = {k: v for k, v in _SMALL.items() if not k.startswith("decoder")}
+            return cls(**{**encoder, "mask_unit": 8, "drop_path": 0.0, "warmup": 0.05, **over})
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        c = self.config
+        self.encoder = MaskedViTEncoder(
+            c.size, c.patch, self.channels, c.dim, c.depth, c.heads, mlp_ratio=c.mlp_ratio, positions=c.positions,
+            drop_path=c.drop_path,
+        )  # fmt: skip
+        self.mask_token = nn.Parameter(0.02 * torch.randn(c.dim))
+        self.head = PixelShuffleHead(c.dim, c.patch, self.channels)
+
+    def mask(self, batch_size: int, generator: torch.Generator, progress: float = 1.0) -> Tensor:
+        """Units of patches, the ceiling of their share."""
+        c = self.config
+        return block_mask(batch_size, self.encoder.grid, c.mask_ratio, unit=c.mask_unit // c.patch, generator=generator)
+
+    def masked_loss(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Absolute error of the hidden pixels."""
+        return masked_l1(self.predict_image(x, hidden), x, upsample_mask(hidden, self.encoder.grid, self.config.patch))
+
+    def predict_image(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Pixels from every token."""
+        tokens = self.encoder(x, hidden, mask_token=self.mask_token)
+        return self.head(tokens[:, self.encoder.prefix :], grid=self.encoder.grid)  # type: ignore[no-any-return]
+
+    def lr_factor(self, progress: float) -> float:
+        """A straight rise, then constant, then a tenth."""
+        return linear_ramp(progress, end=self.config.warmup) * (0.1 if progress >= self.config.drop_at else 1.0)
+
+
+_SMALL: dict[str, Any] = {
+    "steps": 1000, "batch_size": 64, "size": 32, "patch": 4, "dim": 64, "depth": 3, "heads": 4, "base_lr": 8e-3,
+    "decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 4,
+}  # fmt: skip
+
+
+def _fitted(x: Tensor, size: int) -> Tensor:
+    """Images of any size to `size` x `size`: the short side resized, the middle cut out."""
+    height, width = x.shape[-2:]
+    if (height, width) == (size, size):
+        return x
+    scale = size / min(height, width)
+    resized = (max(size, round(height * scale)), max(size, round(width * scale)))
+    x = F.interpolate(x, resized, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
+    return x[..., top : top + size, left : left + size]
+
+
+def _clamp_floats(x: Tensor) -> Tensor:
+    """Bicubic crops of float images overshoot; whole numbers saturate by themselves."""
+    return x.clamp(0, 1) if x.is_floating_point() else x
+
+
+# ---- the claim
+
+
+@claim(
+    "MAE pre-training on unlabelled digits helps when only 100 labels are known",
+    Better("accuracy", "pre-trained", over="from scratch", by=0.05),
+    seeds=range(100, 105),
+    note="Both arms start from the same weights and fine-tune on the same 100 digits in the same order.",
+)
+def few_labels(lab: Lab) -> Figures:
+    """Digits 8 x 8, 2-pixel patches, 60 % hidden, raw pixels; then 150 steps on 100 labels."""
+    from sfumato.data import digits
+    from sfumato.probes import extract_features, finetune_probe, linear_probe
+
+    train, test = digits(seed=lab.seed)
+    assert train.label is not None and test.label is not None  # noqa: PT018
+    labels = train.label, test.label
+    settings = {"size": 8, "patch": 2, "channels": 1, "mask_ratio": 0.6, "norm_pix": False, "crop_scale": None, "flip": False}
+    torch.manual_seed(lab.seed)
+    scratch = MAE(MAE.Config.small(**settings))
+    trained = lab.fit(copy.deepcopy(scratch), train.x, steps=lab.steps(1000))
+    lab.picture("reconstruction", trained.preview(Batch(test.x[:8], test.index[:8]), lab.generator)["reconstruction"])
+
+    def judged(model: MAE) -> dict[str, float]:
+        known, unknown = extract_features(model, train), extract_features(model, test)
+        return {
+            "accuracy": finetune_probe(model, train, test=test, steps=lab.steps(150), generator=lab.generator),
+            "linear probe": linear_probe(known, labels[0], test=(unknown, labels[1])),
+        }
+
+    return {"pre-trained": judged(trained), "from scratch": judged(scratch)}
