@@ -318,6 +318,9 @@ def test_fused_attention_works_inside_a_closure():
     for _ in range(3):
         opt.step(loss)
     assert loss() < before
+    loss().backward(create_graph=True)
+    with pytest.raises(BadSetting, match="sdpa_kernel"):
+        opt.step()
 
 
 def test_spatial_average():

@@ -262,7 +262,16 @@ def _products(params: list[Tensor], signs: list[list[Tensor]], may_be_constant: 
     products = []
     for z in signs:
         along = [z[i] for i in active]
-        products.append(list(grad(outputs, params, along, retain_graph=z is not signs[-1], materialize_grads=True)))
+        try:
+            hz = grad(outputs, params, along, retain_graph=z is not signs[-1], materialize_grads=True)
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            raise BadSetting(
+                f"a layer has no second derivative ({error}); where that is fused attention, call step(closure) "
+                "or run the forward pass under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            ) from error
+        products.append(list(hz))
     return products
 
 

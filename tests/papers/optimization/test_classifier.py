@@ -9,7 +9,7 @@ from torch import nn
 from sfumato.data import Batch, Facts, digits
 from sfumato.engine import fit
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
-from sfumato.method import Context, Encoder, Method, MethodConfig, Predictor
+from sfumato.method import Context, Encoder, Method, Predictor
 from sfumato.nn import MaskedViTEncoder
 from sfumato.optim import AdaHessian
 from sfumato.papers.optimization.classifier import Classifier, lr_factor
@@ -116,12 +116,10 @@ def test_augmentation():
 
 
 class Pretrained(Method):
-    class Config(MethodConfig):
-        mean: tuple[float, ...] = (0.3,)
-
     def __init__(self):
         super().__init__()
         self.encoder = MaskedViTEncoder(**TINY)
+        self.register_buffer("mean", torch.full((1, 1, 1, 1), 0.3))
 
 
 @pytest.mark.parametrize("kind", ["encoder", "classifier"])

@@ -26,15 +26,15 @@ from sfumato.optim.adahessian import AdaHessian
 from sfumato.papers.optimization.classifier import Classifier
 
 GRID = {
-    "sgd": (0.03, 0.1, 0.3),
-    "adam": (3e-3, 1e-2, 3e-2, 1e-1),
-    "adamw": (3e-3, 1e-2, 3e-2, 1e-1),
-    "adahessian": (0.05, 0.15, 0.4),
+    "sgd": (0.01, 0.03, 0.1, 0.3),
+    "adam": (1e-3, 3e-3, 1e-2, 3e-2),
+    "adamw": (1e-3, 3e-3, 1e-2, 3e-2),
+    "adahessian": (0.05, 0.15, 0.4, 1.0),
 }
-"""Learning rates that were tried, with seeds 0 to 2; the verdict uses other seeds."""
+"""Learning rates that were tried, with seeds 0 to 4; the verdict uses other seeds."""
 
-BEST_LR = {"sgd": 0.1, "adam": 0.03, "adamw": 0.01, "adahessian": 0.15}
-"""The best of each row of `GRID`."""
+BEST_LR = {"sgd": 0.1, "adam": 0.01, "adamw": 0.01, "adahessian": 0.15}
+"""The best of each row of `GRID`: mean accuracies .9807, .9834, .9832 and .9802."""
 
 
 def recipe(optimizer: str, lr: float) -> Classifier.Config:
@@ -129,7 +129,7 @@ def scaling_curves(steps: int = 300) -> dict[str, list[float]]:
     Holds("AdaHessian is below 1e-14 after 300 steps", lambda f: f["adahessian"]["after 300"] < 1e-14),
     Holds("gradient descent, with and without momentum, is above 1e-7 after 10 000", lambda f: _lowest(f, "sgd") > 1e-7),
     Holds("rescaled parameters leave AdaHessian's curve as it was (1e-10)", lambda f: f["adahessian"]["change"] < 1e-10),
-    Better("log10 of the loss after 300 steps, parameters rescaled", "adahessian", over="adam", by=3, higher=False),
+    Better("log10 of the rescaled loss", "adahessian", over="adam", by=3, higher=False),
     seeds=range(100, 105),
     note="Exact only where the Hessian is diagonal and there is no weight decay: there |Hz| is the diagonal for every z.",
 )
@@ -139,7 +139,7 @@ def scaling(lab: Lab) -> Figures:
     newton = partial(AdaHessian, eps=0.0)
     plain, rescaled = loss_curve(newton, 300), loss_curve(newton, 300, scale)
     adam = best_adam(300, scale)
-    rescaled_loss = "log10 of the loss after 300 steps, parameters rescaled"
+    rescaled_loss = "log10 of the rescaled loss"
     many = lab.steps(10_000)
     descent = loss_curve(partial(SGD, lr=1.9e-6), many)  # 2 / 1e6 is where it would diverge
     momentum = loss_curve(partial(SGD, lr=1.9e-6, momentum=0.9), many)

@@ -234,7 +234,8 @@ class Supervised(Method):
             size = encoder.settings["size"]
             update = {"model": "vit", "encoder_settings": dict(encoder.settings), "channels": encoder.channels}
             update["image_size"] = size if isinstance(size, int) else min(size)
-            update |= {name: getattr(previous.config, name) for name in ("mean", "std") if hasattr(previous.config, name)}
+            statistics = {name: getattr(previous, name, None) for name in ("mean", "std")}
+            update |= {name: tuple(t.flatten().tolist()) for name, t in statistics.items() if isinstance(t, Tensor)}
             source = encoder
         else:
             raise BadCheckpoint(f"{cls.__name__} starts from a run with an encoder; {type(previous).__name__} has none")
