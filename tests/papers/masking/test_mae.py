@@ -14,7 +14,8 @@ from sfumato.losses import masked_patch_mse
 from sfumato.masks import upsample_mask
 from sfumato.method import Batch, Context, capabilities
 from sfumato.nn import patchify, unpatchify
-from sfumato.papers.masking.mae import MAE, MaskedImageModel, SimMIM, few_labels
+from sfumato.papers.masking.mae import MAE, MaskedImageModel, few_labels
+from sfumato.papers.masking.simmim import SimMIM
 
 VECTORS = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parents[2] / "vectors" / "mae-base.npz").items()}
 TINY = {"size": 16, "dim": 16, "depth": 1, "heads": 2, "batch_size": 8, "steps": 3}
