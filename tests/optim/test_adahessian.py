@@ -250,17 +250,20 @@ def test_a_parameter_thawed_later_gets_its_own_bias_correction():
     a, b = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
     b.requires_grad_(False)
     opt = AdaHessian([a, b], eps=0, hessian_every=4)
-    for step in range(6):
+    for step in range(9):
+        assert torch.equal(b, torch.ones_like(b))
         b.requires_grad_(step >= 5)
         opt.step(lambda: (a**2 + b**2).sum())
-    torch.testing.assert_close(b.detach(), torch.full_like(b, 0.85))  # the first step of a parabola
+    torch.testing.assert_close(b.detach(), torch.full_like(b, 0.85))  # the first step of a parabola, at the next curvature
 
 
 def test_parameters_outside_the_loss_stay():
     a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
-    opt = AdaHessian([a, b])
-    (a**2).sum().backward(create_graph=True)
-    opt.step()
+    opt = AdaHessian([a, b], hessian_every=2)
+    for due in (True, False):
+        opt.zero_grad()
+        (a**2).sum().backward(create_graph=due)
+        opt.step()
     assert torch.equal(b, torch.ones(2))
     assert not torch.equal(a, torch.ones(2))
 

@@ -90,7 +90,8 @@ class AdaHessian(Optimizer):
         hessian_power: k in [0, 1]: 1 is a diagonal Newton step, 0 gradient descent.
         block: see `spatial_average`.
         samples: sign vectors a curvature step; their estimates are averaged.
-        hessian_every: curvature every that many steps; between them only the gradient is computed and v stays as it is.
+        hessian_every: curvature every that many steps; between them only the gradient is computed and v stays as it is. A
+            parameter that joins later waits for its first curvature.
         average: `"abs"`: mean of |D| in a block, as the official code; `"signed"`: mean of D, as the paper's formula.
         noise: `[T, d]` of ±1, used row by row instead of random signs (d: all trainable parameters, in the order of the groups).
         generator: seeds the signs, here and now. They depend on nothing but this seed and the number of curvature steps, so they
@@ -154,9 +155,8 @@ class AdaHessian(Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p].update(step=0, hessian_step=0, exp_avg=torch.zeros_like(p), exp_hessian_sq=torch.zeros_like(p))
-        steps = max((self.state[p]["step"] for p in params), default=0)
-        due = steps % self.hessian_every == 0 or any(self.state[p]["hessian_step"] == 0 for p in params)
-        draws = max((self.state[p]["hessian_step"] for p in params), default=0) * self.samples
+        due = max(self.state[p]["step"] for p in params) % self.hessian_every == 0
+        draws = max(self.state[p]["hessian_step"] for p in params) * self.samples
         signs = [self._signs(params, draws + s) for s in range(self.samples)] if due else []
         if hasattr(closure, "hvp"):
             loss, products = _through_hvp(closure, signs)
@@ -164,7 +164,8 @@ class AdaHessian(Optimizer):
             loss, products = _through_graph(closure, params, signs)
         curvature = dict(zip(params, _diagonal(signs, products), strict=True)) if due else {}
         for group in self.param_groups:
-            self._update(group, [p for p in group["params"] if p.grad is not None], curvature)
+            with_grad = [p for p in group["params"] if p.requires_grad and p.grad is not None]
+            self._update(group, [p for p in with_grad if due or self.state[p]["hessian_step"]], curvature)
         return loss
 
     def _signs(self, params: list[Tensor], draw: int) -> list[Tensor]:
