@@ -68,6 +68,8 @@ class DilatedModule(nn.Module):
 class BlindSpotBranch(nn.Module):
     """A centre-masked convolution, then layers that only move by multiples of its half-side plus one."""
 
+    reach: int
+
     def __init__(self, width: int, k: int, modules: int) -> None:
         super().__init__()
         dilation = (k + 1) // 2
@@ -96,12 +98,14 @@ class ConditionalBlindSpotNet(nn.Module):
         reach: pixels that an output looks at to each side, `2 + 3 N`.
     """
 
+    reach: int
+
     def __init__(self, channels: int = 3, *, width: int = 128, modules: int = 9) -> None:
         super().__init__()
         self.head = nn.Conv2d(channels, width, 1)
-        self.branches = nn.ModuleList(BlindSpotBranch(width, k, modules) for k in (3, 5))
+        branches = [BlindSpotBranch(width, k, modules) for k in (3, 5)]
+        self.branches, self.reach = nn.ModuleList(branches), max(branch.reach for branch in branches)
         self.tail = nn.Sequential(*_pointwise(2 * width, width, _TAIL, _TAIL), nn.Conv2d(_TAIL, channels, 1))
-        self.reach = max(branch.reach for branch in self.branches)  # type: ignore[type-var]
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
