@@ -156,6 +156,8 @@ def test_autocast_and_float32():
 def test_refusals():
     with pytest.raises(BadSetting, match="multiple of patch"):
         MaskedViTEncoder(30, 4, 3, 16, 1, 2)
+    with pytest.raises(BadSetting, match="heads"):
+        MaskedViTEncoder(32, 4, 3, 16, 1, 3)
     with pytest.raises(BadData, match="patches of 4"):
         encoder()(images(size=(9, 12)))
     with pytest.raises(BadData, match="channels"):

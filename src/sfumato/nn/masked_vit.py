@@ -368,6 +368,8 @@ class MaskedDecoder(nn.Module):
 def _block(dim: int, heads: int, mlp_ratio: float, *, drop_path: float = 0.0, init_values: float | None = None) -> nn.Module:
     from timm.models.vision_transformer import Block
 
+    if dim % heads:
+        raise BadSetting(f"a width of {dim} cannot be shared by {heads} attention heads: take a multiple")
     norm: Any = partial(nn.LayerNorm, eps=1e-6)
     return Block(dim, heads, mlp_ratio, qkv_bias=True, init_values=init_values, drop_path=drop_path, norm_layer=norm)
 

@@ -9,7 +9,7 @@ from sfumato.claim import judge
 from sfumato.data import digits, photo_crops
 from sfumato.engine import Options, Trainer
 from sfumato.engine.lab import Lab
-from sfumato.errors import BadCheckpoint
+from sfumato.errors import BadCheckpoint, BadSetting
 from sfumato.losses import masked_patch_mse
 from sfumato.masks import upsample_mask
 from sfumato.method import Batch, Context, capabilities
@@ -116,6 +116,11 @@ def test_learning_rate_and_groups():
     assert rates[0] == 0
     assert rates[2] == pytest.approx(1e-3 * 128 / 256)
     assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_simmim_mask_units_are_whole_patches():
+    with pytest.raises(BadSetting, match="mask_unit"):
+        build(SimMIM, mask_unit=6)
 
 
 def test_simmim_learning_rate_drops_to_a_tenth():

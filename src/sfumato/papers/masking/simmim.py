@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from sfumato.errors import BadSetting
 from sfumato.losses import masked_l1
 from sfumato.masks import block_mask, upsample_mask
 from sfumato.nn import MaskedViTEncoder, PixelShuffleHead
@@ -59,6 +60,8 @@ class SimMIM(MaskedImageModel):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         c = self.config
+        if c.mask_unit % c.patch:
+            raise BadSetting(f"mask_unit={c.mask_unit} must be a multiple of patch={c.patch}")
         self.encoder = MaskedViTEncoder(
             c.size, c.patch, self.channels, c.dim, c.depth, c.heads, mlp_ratio=c.mlp_ratio, positions=c.positions,
             drop_path=c.drop_path,
