@@ -23,6 +23,10 @@ lint: .venv/ready-dev  ## ruff and mypy
 	$(PY) -m mypy
 	$(PY) -m sfumato.catalogue --check
 
+docs: .venv/ready-docs  ## the documentation in site/, which can be opened from disk
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 bench: .venv/ready  ## measure the engine and the parts on this machine
 	$(PY) -m benchmarks.engine_overhead
 
@@ -37,6 +41,10 @@ install: .venv/ready  ## the virtual environment with sfumato in it
 
 .venv/ready-dev: .venv/ready
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+.venv/ready-docs: .venv/ready
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	@touch $@
 
 clean:  ## remove the environment and what was built

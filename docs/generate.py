@@ -1,0 +1,306 @@
+"""Pages that are made from facts when the site is built: one a built paper, a table of all papers, one a room of parts.
+
+The facts are the catalogue, the stored records and the source, read by `ast`: nothing heavy is imported. MkDocs calls the two
+hooks at the end (`hooks:` in mkdocs.yml); the rest is text in, text out.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import html
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato import catalogue
+from sfumato.catalogue import FAMILIES, Row
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+
+SOURCE = Path(catalogue.__file__).parent.parent
+
+PARTS = {
+    "masks": "What is hidden, and what fills the holes.",
+    "physics": "Operators that degrade pictures, and their noise.",
+    "nn": "Layers and networks.",
+    "losses": "Losses, over all or over what was hidden.",
+    "optim": "Optimizers, schedules, averages of weights.",
+    "attacks": "Perturbations that a model should resist.",
+    "diffusion": "Noise schedules, objectives and samplers.",
+    "metrics": "How good a picture, a set of pictures or a prediction is.",
+    "sparsity": "Gates, pruning and sparse recovery.",
+    "probes": "What a trained model does: curvature, spectra, representations.",
+    "data": "Data from wherever it lies, and samples that need no download.",
+}
+AROUND = {
+    "engine": "Training, run folders, checkpoints and the laboratory of the claims.",
+    "report": "Self-contained pages, plots and pictures.",
+}
+ROOMS = PARTS | AROUND
+MOODS = {"reproduced": "good", "not reproduced": "bad", "inconclusive": "open"}
+
+
+def pages() -> dict[str, str]:
+    """Every generated file: its place in the site and its text."""
+    rows = list(catalogue.load().values())
+    rooms = [room for room in ROOMS if public_names(room)]
+    return {
+        "papers/index.md": table_page(rows),
+        **{f"papers/{row.slug}.md": paper_page(row, catalogue.record(row.slug)) for row in rows if row.built},
+        "reference/index.md": reference_index(rooms),
+        **{f"reference/{room}.md": reference_page(room) for room in rooms},
+        "assets/colours.css": colours(),
+    }
+
+
+# ---- papers
+
+
+def paper_page(row: Row, record: Mapping[str, Any] | None) -> str:
+    """All that is known of a built paper."""
+    module = row.module.partition(":")[0]
+    own = "\n".join(f"::: {module}.{name}\n" for name in definitions(module))
+    sections = {
+        "Claim": plain(row.claim),
+        "Verdict": "\n\n".join(outcome(row, record)),
+        "How it works": f"::: {module}\n    options: {{members: false, show_root_heading: false, show_root_toc_entry: false}}",
+        "Run it": "```sh\n" + "\n".join(row.run) + "\n```\n\n`RUN` is the folder that `train` prints." if row.run else "",
+        "Settings": settings_table(row),
+        "Parts": "\n".join(f"- {part_link(part)}" for part in row.parts),
+        "What is reconstruction": "\n".join(f"- {plain(note)}" for note in row.fidelity),
+        "At full scale": plain(row.scale),
+        "Licence": f"Official code: {plain(row.code_licence)}.",
+        "In its own file": f"What only this paper needs, in `{module}`.\n\n{own}" if own else "",
+    }
+    head = f"# {plain(row.title)}\n\n{origin(row)}\n{{ .origin }}\n\n{plain(row.summary)}\n{{ .lead }}"
+    return "\n\n".join([head, *(f"## {title}\n\n{body}" for title, body in sections.items() if body)]) + "\n"
+
+
+def origin(row: Row) -> str:
+    """Who, when and where, and what it is in the catalogue."""
+    authors = ", ".join(row.authors) + (f" ({row.authors_note})" if row.authors and row.authors_note else "")
+    when = row.venue if str(row.year) in row.venue else " · ".join(filter(None, [str(row.year or ""), row.venue]))
+    facts = [plain(authors or row.authors_note), plain(when), arxiv_link(row, f"arXiv {row.arxiv}")]
+    return " · ".join([*filter(None, facts), f"{row.kind} in {row.family}", f"`{row.slug}`"])
+
+
+def arxiv_link(row: Row, text: str) -> str:
+    """A link to the paper's abstract; nothing where there is no paper."""
+    return f"[{text}](https://arxiv.org/abs/{row.arxiv})" if row.arxiv else ""
+
+
+def outcome(row: Row, record: Mapping[str, Any] | None) -> Iterator[str]:
+    """The stored verdict of every claim, with a table and a plot of its conditions."""
+    if not record or not record["claims"]:
+        yield f"{badge(catalogue.verdict(row))} No record is stored. [How verdicts are made](../verdicts.md)."
+        return
+    for claim in record["claims"]:
+        yield f"{badge(claim['verdict'])} {plain(claim['statement'])} ({len(claim['figures'])} seeds)"
+        lines = [
+            [plain(f["condition"]), signed(f.get("mean")), interval(f), number(f.get("margin")), badge(f["verdict"])]
+            for f in claim["findings"]
+        ]
+        yield table(["condition", "mean difference", "95 % interval", "margin", "came out"], lines)
+        yield forest(claim["findings"], prefix=claim.get("name", "claim"))
+        if claim.get("note"):
+            yield f"!!! note\n    {plain(claim['note'])}"
+    told = [record.get("date"), record.get("commit") and f"commit {record['commit']}", record.get("machine")]
+    told += [f"{record['seconds']:.0f} s in all"] if record.get("seconds") else []
+    yield f"{plain(', '.join(filter(None, told)))}. [How verdicts are made](../verdicts.md).\n{{ .origin }}"
+
+
+def forest(findings: Sequence[Mapping[str, Any]], prefix: str) -> str:
+    """The intervals as a drawing in the page's colours; nothing where all conditions are exact."""
+    from sfumato.report import intervals
+
+    rows = [{**f, "label": f["condition"]} for f in findings if f.get("mean") is not None]
+    return f"<figure>{intervals(rows).svg(760, prefix=prefix)}</figure>" if rows else ""
+
+
+def interval(finding: Mapping[str, Any]) -> str:
+    """`+0.08 to +0.16`; a dash for an exact property."""
+    low, high = signed(finding.get("low")), signed(finding.get("high"))
+    return "–" if finding.get("mean") is None else f'<span class="unbroken">{low} to {high}</span>'
+
+
+def signed(value: float | None) -> str:
+    """A difference to three digits, or a dash."""
+    return "–" if value is None else f"{value:+.3g}".replace("-", "−")
+
+
+def number(value: float | None) -> str:
+    """A number as it is, or a dash."""
+    return "–" if value is None else f"{value:g}"
+
+
+def settings_table(row: Row) -> str:
+    """What `--set` takes, with the paper's values and those of the preset for a CPU."""
+    if not row.settings:
+        return ""
+    lines = [
+        [code(s.name), code(s.type), setting(s.default), setting(s.small) if s.small is not None else "", plain(s.help)]
+        for s in row.settings
+    ]
+    told = "`--set NAME=VALUE`. On a CPU the small preset is taken, unless `--preset paper` is given."
+    return f"{told}\n\n{table(['name', 'type', 'paper', 'on a CPU', 'what'], lines)}"
+
+
+def setting(value: Any) -> str:
+    """A default; a dash where the value is left to the data or there is none."""
+    return "–" if value is None else code(str(list(value) if isinstance(value, tuple) else value))
+
+
+def part_link(part: str) -> str:
+    """A part with a link to its reference, or without one while it is not built."""
+    room, _, name = part.partition(".")
+    return f"[`{part}`][sfumato.{part}]" if name in public_names(room) else f"`{part}` (not built yet)"
+
+
+def table_page(rows: Sequence[Row]) -> str:
+    """All papers and bases by family, built or not."""
+    papers = [row for row in rows if row.kind != "base"]
+    built = sum(row.built for row in rows)
+    head = (
+        "---\nhide: [navigation]\n---\n\n# Papers\n\n"
+        f"{len(papers)} papers and {len(rows) - len(papers)} bases that they start from; {built} of these {len(rows)} are "
+        "built. `sfumato papers WORDS` searches the same table, `sfumato show SLUG` tells all of one."
+    )
+    return "\n\n".join([head, *(family_table(name, [r for r in rows if r.family == name]) for name in FAMILIES)]) + "\n"
+
+
+def family_table(family: str, rows: Iterable[Row]) -> str:
+    """One family's rows; the year leads to the paper."""
+    lines = [
+        [
+            f"[`{row.slug}`]({row.slug}.md)" if row.built else f"`{row.slug}`",
+            plain(row.summary),
+            arxiv_link(row, str(row.year)),
+            row.kind,
+            badge(catalogue.verdict(row)),
+        ]
+        for row in rows
+    ]
+    return f"## {family}\n\n{FAMILIES[family].capitalize()}.\n\n" + table(["slug", "what", "year", "kind", "verdict"], lines)
+
+
+# ---- parts
+
+
+def reference_index(rooms: Iterable[str]) -> str:
+    """The rooms, with what lives in them."""
+
+    def lines(kind: Mapping[str, str]) -> str:
+        names = [room for room in rooms if room in kind]
+        return table(["room", "what", "names"], [[f"[{r}]({r}.md)", kind[r], str(len(public_names(r)))] for r in names])
+
+    return (
+        "# Parts\n\nEvery part is usable alone: a pure function, an `nn.Module` or an `Optimizer`, tensors in and out. "
+        "Images are `[B, C, H, W]` in [0, 1]; masks are bool, True = hidden; randomness comes from `generator=` alone.\n\n"
+        f"{lines(PARTS)}\n\n## Around them\n\n{lines(AROUND)}\n"
+    )
+
+
+def reference_page(room: str) -> str:
+    """A table of a room's names, then all of them, file by file."""
+    names = public_names(room)
+    rows = [[f"[`{name}`][sfumato.{room}.{name}]", plain(first_sentence(file, name))] for name, file in names.items()]
+    text = [f"# {room}", f"{ROOMS[room]} `from sfumato.{room} import ...`", table(["name", "what"], rows)]
+    for file in dict.fromkeys(names.values()):
+        text.append(f"## {file.rpartition('.')[2].replace('_', ' ')}")
+        text.append(f"::: {file}\n    options: {{members: false, show_root_heading: false, show_root_toc_entry: false}}")
+        text += [f"::: sfumato.{room}.{name}" for name, where in names.items() if where == file]
+    return "\n\n".join(text) + "\n"
+
+
+@functools.cache
+def public_names(room: str) -> dict[str, str]:
+    """The public names of a room and the module of each, as `__init__.pyi` says."""
+    stub = SOURCE / "sfumato" / room / "__init__.pyi"
+    body = ast.parse(stub.read_text(encoding="utf-8")).body if stub.is_file() else []
+    imports = [node for node in body if isinstance(node, ast.ImportFrom) and node.module]
+    return {alias.asname or alias.name: f"sfumato.{room}.{node.module}" for node in imports for alias in node.names}
+
+
+@functools.cache
+def definitions(module: str) -> dict[str, str]:
+    """The public classes and functions that a module defines, with their docstrings."""
+    path = (SOURCE / module.replace(".", "/")).with_suffix(".py")
+    nodes = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+    return {node.name: ast.get_docstring(node) or "" for node in nodes if not node.name.startswith("_")}
+
+
+def first_sentence(module: str, name: str) -> str:
+    """The first sentence of a definition's docstring."""
+    paragraph = " ".join(definitions(module).get(name, "").partition("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z`])", paragraph)[0]
+
+
+# ---- pieces of text
+
+
+def plain(text: str) -> str:
+    """Text in which no letter means anything to Markdown; `code` stays code."""
+    pieces = re.split(r"(`[^`]+`)", text)
+    return "".join(code(p[1:-1]) if i % 2 else re.sub(r"[&<>\\`*_\[\]{}|~^#]", _entity, p) for i, p in enumerate(pieces))
+
+
+def code(text: str) -> str:
+    """Code that may stand in a table."""
+    return f"<code>{re.sub(r'[&<>|*_`]', _entity, text)}</code>"
+
+
+def _entity(match: re.Match[str]) -> str:
+    return f"&#{ord(match[0])};"
+
+
+def badge(verdict: str) -> str:
+    """A verdict in its colour."""
+    return f'<span class="verdict {MOODS.get(verdict, "none")}">{html.escape(verdict)}</span>'
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def colours() -> str:
+    """The report's colours, light and dark, as variables: one palette for pages, plots and this site."""
+    from sfumato.report.style import css_variables
+
+    schemes = {"light": "default", "dark": "slate"}
+    return "\n".join(f'[data-md-color-scheme="{name}"] {{ {css_variables(theme)} }}' for theme, name in schemes.items())
+
+
+# ---- what MkDocs calls
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Put the generated pages into the navigation."""
+    rows = [row for row in catalogue.load().values() if row.built]
+    families = {name: [{row.slug: f"papers/{row.slug}.md"} for row in rows if row.family == name] for name in FAMILIES}
+    more = {
+        "Papers": [{name: entries} for name, entries in families.items() if entries],
+        "Parts": [{room: f"reference/{room}.md"} for room in ROOMS if public_names(room)],
+    }
+    for entry in config.nav or []:
+        for title, entries in entry.items():
+            if title in more:
+                entries.extend(more[title])
+
+
+def on_page_content(html: str, **kwargs: Any) -> str:
+    """Keep source code out of the search: every result would be buried under it."""
+    return html.replace('<details class="mkdocstrings-source"', '<details class="mkdocstrings-source" data-search-exclude')
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Add the generated pages to those that lie in `docs/`."""
+    from mkdocs.structure.files import File
+
+    for path, text in pages().items():
+        files.append(File.generated(config, path, content=text))
