@@ -1,6 +1,6 @@
 """What the engine costs over a bare loop: the same MAE, the same batches, interleaved rounds, median ratio.
 
-    python -m benchmarks.engine_overhead [--rounds 15] [--steps 40]
+python -m benchmarks.engine_overhead [--rounds 15] [--steps 40]
 """
 
 from __future__ import annotations

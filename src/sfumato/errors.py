@@ -46,6 +46,10 @@ class Diverged(SfumatoError):
     """A loss or weight that is no longer finite; the last good checkpoint is kept."""
 
 
+class Interrupted(SfumatoError):
+    """Training was asked to stop and did so cleanly, with a checkpoint; the command line exits with 130."""
+
+
 class MissingExtra(SfumatoError):
     """An optional dependency that is not installed; the message says which extra brings it."""
 

@@ -221,6 +221,6 @@ class TimmExportable(Protocol):
 
 
 def capabilities(method: Method) -> dict[str, type]:
-    """What a method can do, by the verb a person would use."""
-    verbs = {"restore": Restorer, "encode": Encoder, "predict": Predictor, "sample": Sampler}
+    """What a method can do, by the verb a person would use; what it is there for comes first."""
+    verbs = {"restore": Restorer, "predict": Predictor, "sample": Sampler, "encode": Encoder}
     return {verb: kind for verb, kind in verbs.items() if isinstance(method, kind)}

@@ -147,7 +147,9 @@ def test_all_kinds_of_pictures_are_converted_and_it_is_said_once(sfumato, tmp_pa
 
 def test_a_loss_that_is_not_finite(sfumato, tmp_path):
     words = [w if w != "3" else "40" for w in SMALL_RUN]
-    line = refused(sfumato(*words, "--set", "lr=1e30", "--save-every", "1", "--log-every", "1"), "step", "is kept", "--resume")
+    line = refused(
+        sfumato(*words, "--set", "base_lr=1e30", "--save-every", "1", "--log-every", "1"), "step", "is kept", "--resume"
+    )
     kept = line.split("; ")[-1].split()[0]
     run = next((tmp_path / "runs" / "mae").iterdir())
     from sfumato.engine import checkpoint

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from sfumato.errors import SfumatoError
+from sfumato.errors import Interrupted, SfumatoError
 
 app = typer.Typer(
     name="sfumato",
@@ -293,7 +293,7 @@ def main(args: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
     except SfumatoError as error:
         print(f"sfumato: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(130 if isinstance(error, Interrupted) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `sfumato papers | head`: nobody reads on; keep the interpreter's last flush quiet too

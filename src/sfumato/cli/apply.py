@@ -22,14 +22,15 @@ def apply(run: Path, inputs: list[Path], out: Path, *, verb: str | None, device:
     """Read pictures, do what the run can do, write the results under `out`."""
     method = load(run, device=device)
     can = capabilities(method)
-    verb = verb or next(iter(can), None)
+    wanted = BY_SUFFIX.get(out.suffix)
+    verb = verb or (wanted if wanted in can else next(iter(can), None))
     if verb not in APPLICABLE or verb not in can:
         able = ", ".join(v for v in can if v in APPLICABLE) or "nothing that apply does"
         raise BadSetting(f"{run} cannot {verb or 'be applied'}; it can: {able}")
     pictures = Pictures(inputs)
     with torch.inference_mode():
         APPLICABLE[verb](method, pictures, out, run)
-    for path, reason in pictures.skipped:
+    for _, reason in pictures.skipped:
         hint(f"skipped {reason}")
     if not pictures.done:
         raise BadData(f"none of the {len(pictures.skipped)} files could be read as a picture")
@@ -118,6 +119,9 @@ def predict(method: Any, pictures: Pictures, out: Path, run: Path) -> None:
 
 
 APPLICABLE: dict[str, Callable[[Method, Pictures, Path, Path], None]] = {"restore": restore, "encode": encode, "predict": predict}
+
+
+BY_SUFFIX = {".npz": "encode", ".csv": "predict"}
 
 
 def _each(method: Any, fn: Callable[[Tensor], Tensor], pictures: Pictures) -> tuple[list[str], np.ndarray]:

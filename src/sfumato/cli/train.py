@@ -20,9 +20,9 @@ import yaml
 from sfumato import catalogue
 from sfumato.cli.console import hint, say, tell_data
 from sfumato.data import Facts, open_data
-from sfumato.engine import Options, Run, Trainer, build, initialise, load
-from sfumato.engine.checkpoint import is_checkpoint
-from sfumato.errors import BadSetting
+from sfumato.engine import Options, Run, Trainer, build, initialise, load, rebuild
+from sfumato.engine.checkpoint import peek
+from sfumato.errors import BadCheckpoint, BadSetting
 from sfumato.method import Method
 
 
@@ -83,21 +83,24 @@ def resume(path: Path) -> Path | None:
         hint(f"{path} is finished; `sfumato apply {path} PICTURE -o OUT` uses it")
         return path
     images = tell_data(open_data(config["data"], "train"))
-    if run.last_checkpoint is None:  # killed before the first checkpoint: begin as `train` did
+    last = run.last_checkpoint
+    if last is None:  # killed before the first checkpoint: begin as `train` did
         previous = load(config["init"]) if config["init"] else None
         seed, device = config["options"]["seed"], config["options"]["device"]
         method = build(
             kind, images.facts, preset="paper", settings=config["settings"], seed=seed, device=device, previous=previous
         )
     else:
-        method = kind(kind.Config.model_validate(config["settings"]))
+        if (found := peek(last).get("slug", config["slug"])) != config["slug"]:
+            raise BadCheckpoint(f"{last} is a checkpoint of {found!r}, but {path / 'config.yaml'} says {config['slug']!r}")
+        method = rebuild(kind, config["settings"], last)
     with several_processes(config["options"]["device"]) as (main, _):
         return work(run, method, images, config, main)
 
 
 def new_method(kind: type[Method], facts: Facts, init: Path | None, **build_options: Any) -> Method:
     """A method as it starts: fresh, from another run, or with a person's own weights in it."""
-    if init is None or init.is_dir() or is_checkpoint(init):
+    if init is None or init.is_dir() or peek(init):
         return build(kind, facts, **build_options, previous=None if init is None else load(init))
     method = build(kind, facts, **build_options)
     initialise(method, init)

@@ -2,9 +2,9 @@ from . import checkpoint as checkpoint
 from .loading import build as build
 from .loading import initialise as initialise
 from .loading import load as load
+from .loading import rebuild as rebuild
 from .lab import Lab as Lab
 from .lab import reproduce as reproduce
-from .loop import Interrupted as Interrupted
 from .loop import Options as Options
 from .loop import Trainer as Trainer
 from .loop import fit as fit

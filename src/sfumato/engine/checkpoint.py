@@ -72,15 +72,16 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a file is one of our checkpoints (not a person's own weights)."""
+def peek(path: Path) -> dict[str, Any]:
+    """The plain values at the top of a checkpoint (slug, step, ...), without reading a tensor; {}: it is none of ours."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            return "sfumato" in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
+            header = json.loads((file.metadata() or {}).get("sfumato", "null"))
+    except (SafetensorError, OSError, ValueError):
+        return {}
+    return {k: node["v"] for k, node in header["state"]["d"] if "v" in node} if header else {}
 
 
 def listing(folder: Path) -> list[Path]:

@@ -114,6 +114,16 @@ def read_weights(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
+def rebuild(kind: type[Method], settings: dict[str, Any], source: Path) -> Method:
+    """A method with the settings that a run stored, its weights still fresh."""
+    try:
+        return kind(kind.Config.model_validate(settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        raise BadCheckpoint(f"{source} was written by another version of {kind.__name__} ({reason})") from None
+
+
 def load(source: str | Path, *, kind: type[Method] | None = None, device: str = "cpu") -> Method:
     """A trained method, in eval mode.
 
@@ -137,13 +147,7 @@ def load(source: str | Path, *, kind: type[Method] | None = None, device: str = 
         from sfumato import catalogue
 
         kind = catalogue.load_method(saved["slug"])
-    try:
-        config = kind.Config.model_validate(saved["settings"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
-        raise BadCheckpoint(f"{path} was written by another version of {saved['slug']} ({reason})") from None
-    method = kind(config)
+    method = rebuild(kind, saved["settings"], path)
     average = {k.removeprefix("module."): v for k, v in (saved["ema"] or {}).items() if k.startswith("module.")}
     load_weights(method, average or saved["method"], path)
     return method.to(device).eval()

@@ -40,12 +40,8 @@ from sfumato.engine.progress import Progress
 from sfumato.engine.randomness import key, seed_everything
 from sfumato.engine.run_folder import Run
 from sfumato.engine.stream import Stream, stream, stream_loader
-from sfumato.errors import BadCheckpoint, Diverged, SfumatoError
+from sfumato.errors import BadCheckpoint, Diverged, Interrupted, SfumatoError
 from sfumato.method import Batch, Context, Method, Result
-
-
-class Interrupted(SfumatoError):
-    """Training was asked to stop and did so cleanly, with a checkpoint."""
 
 
 @dataclass(frozen=True)

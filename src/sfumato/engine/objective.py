@@ -67,7 +67,7 @@ class Objective:
         return self._run(gradient_and_product, products)
 
     def _gradient(self, value: Tensor) -> None:
-        value.backward(inputs=self.params)  # type: ignore[no-untyped-call]
+        value.backward(inputs=self.params)
 
     @torch.enable_grad()  # type: ignore[untyped-decorator, unused-ignore]
     def _run(self, differentiate: Callable[[Tensor], None], products: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:

@@ -88,7 +88,7 @@ class Run:
         """The newest checkpoint, or None."""
         return next(reversed(checkpoint.listing(self.checkpoints)), None)
 
-    def log(self, **figures: Any) -> None:
+    def log(self, /, **figures: Any) -> None:
         """Append a line to `metrics.jsonl`."""
         with open(self.metrics_file, "a") as file:
             file.write(json.dumps(figures) + "\n")

@@ -9,7 +9,7 @@ from sfumato.masks import color_noise_mask
 from sfumato.papers.masking.colormae import ColorMAE, green_against_white, mosaics, spectra
 from sfumato.papers.masking.mae import MAE
 
-TINY = {"size": 16, "dim": 16, "depth": 1, "heads": 2, "decoder_dim": 16, "decoder_heads": 2, "batch_size": 8, "steps": 3}
+TINY = {"image_size": 16, "dim": 16, "depth": 1, "heads": 2, "decoder_dim": 16, "decoder_heads": 2, "batch_size": 8, "steps": 3}
 
 
 def build(kind=ColorMAE, **over):
@@ -58,7 +58,7 @@ def test_masks_of_the_model_have_the_colour_of_fresh_ones():
         return (m[:, :, 1:] == m[:, :, :-1]).float().mean().item()
 
     g = torch.Generator().manual_seed(0)
-    bank = agreement(build(size=32, bank_count=256).mask(500, g))
+    bank = agreement(build(image_size=32, bank_count=256).mask(500, g))
     fresh, white = (agreement(color_noise_mask(500, 8, 0.75, color=c, generator=g)) for c in ("green", "white"))
     assert bank == pytest.approx(fresh, abs=0.02)
     assert bank > white + 0.05

@@ -18,7 +18,7 @@ from sfumato.papers.masking.mae import MAE, MaskedImageModel, few_labels
 from sfumato.papers.masking.simmim import SimMIM
 
 VECTORS = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parents[2] / "vectors" / "mae-base.npz").items()}
-TINY = {"size": 16, "dim": 16, "depth": 1, "heads": 2, "batch_size": 8, "steps": 3}
+TINY = {"image_size": 16, "dim": 16, "depth": 1, "heads": 2, "batch_size": 8, "steps": 3}
 
 
 def build(kind=MAE, **over):
@@ -41,7 +41,7 @@ def context(step=0, total=10):
 
 def test_paper_defaults():
     c, s = MAE.Config(), SimMIM.Config()
-    assert (c.size, c.patch, c.dim, c.depth, c.heads) == (224, 16, 768, 12, 12)
+    assert (c.image_size, c.patch, c.dim, c.depth, c.heads) == (224, 16, 768, 12, 12)
     assert (c.decoder_dim, c.decoder_depth, c.decoder_heads) == (512, 8, 16)
     assert (c.mask_ratio, c.base_lr, c.batch_size, c.betas, c.weight_decay) == (0.75, 1.5e-4, 4096, (0.9, 0.95), 0.05)
     assert (MAE.Config.huge().dim, MAE.Config.huge().patch, MAE.Config.large().depth) == (1280, 14, 24)
@@ -60,7 +60,7 @@ def test_the_base_preset_has_the_papers_size():
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_the_loss_is_the_official_one(norm_pix):
     """Official prediction, mask and images in: the official loss out."""
-    c = {"size": 32, "patch": 8, "norm_pix": norm_pix}
+    c = {"image_size": 32, "patch": 8, "norm_pix": norm_pix}
     mae = build(**c)
     hidden, pred = VECTORS["mask"].bool(), VECTORS["pred"]
     mae.predict_patches = lambda x, hidden: pred
@@ -185,7 +185,7 @@ def test_evaluation_repeats_and_weighs_batches_by_their_size():
 
 
 def test_grey_images_and_augmentation():
-    mae = build(channels=1, size=8, patch=2)
+    mae = build(channels=1, image_size=8, patch=2)
     assert mae.mean.flatten().tolist() == pytest.approx([0.449])
     assert mae.encode(digits()[0].x[:2]).shape == (2, 16)
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ from sfumato.papers.restoration.cbsn import (
     correlated_noise_claim,
     correlated_photos,
     denoise,
+    local_statistics,
     normalise,
     psnr,
 )
@@ -115,9 +116,33 @@ def test_normalisation_per_picture_and_channel():
     assert (normalise(torch.full((1, 1, 8, 8), 0.3))[2] == 1 / 8).all()
 
 
+def test_local_statistics_are_those_of_a_gaussian_window():
+    x = torch.rand(1, 2, 40, 30, dtype=torch.float64)
+    mean, _ = local_statistics(x, 16)
+    at = torch.arange(-12, 13, dtype=torch.float64)
+    weight = torch.outer(torch.exp(-at.square() / 32), torch.exp(-at.square() / 32))
+    assert mean[0, 1, 20, 14].item() == pytest.approx((x[0, 1, 8:33, 2:27] * weight / weight.sum()).sum().item())
+    flat_mean, flat_std = local_statistics(torch.full((1, 1, 9, 9), 0.3), 16)
+    assert torch.allclose(flat_mean, torch.tensor(0.3))
+    assert flat_std.max() == 1 / 16
+    noise = 0.2 * torch.randn(1, 1, 200, 200, generator=torch.Generator().manual_seed(0))
+    assert local_statistics(noise, 60)[1][..., 50:150, 50:150].mean().item() == pytest.approx(0.2, rel=0.03)
+
+
+def test_local_statistics_do_not_care_for_light():
+    """A picture that is brighter and flatter on one side: each side is restored as if it were alone."""
+    net, x = _small().net.double(), torch.rand(1, 1, 60, 200, dtype=torch.float64)
+    step = torch.cat([torch.full((100,), 0.5), torch.full((100,), 0.25)]).double()
+    shaded = denoise(net, x * step + 0.2, window=20)
+    alone = denoise(net, x * 0.25 + 0.2, window=20)
+    assert torch.allclose(shaded[..., 150:], alone[..., 150:], atol=1e-3)
+    assert not torch.allclose(denoise(net, x * step + 0.2)[..., 150:], denoise(net, x * 0.25 + 0.2)[..., 150:], atol=1e-3)
+
+
+@pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("size", [(1, 1), (7, 40), (33, 64), (530, 50)])
-def test_restores_pictures_of_any_size(size):
-    method, x = _small(), torch.rand(2, 1, *size)
+def test_restores_pictures_of_any_size(size, window):
+    method, x = _small(window=window), torch.rand(2, 1, *size)
     y = method.restore(x)
     assert isinstance(method, Restorer)
     assert y.shape == x.shape
@@ -193,7 +218,7 @@ def test_trains_on_noisy_pictures_and_makes_them_cleaner():
     noisy = clean + noise
     method = _small(width=8, patch=40, batch_size=4, lr=5e-3)
     before = psnr(method.restore(noisy), clean).mean()
-    method = fit(method, noisy, steps=120, progress=False)
+    method = fit(method, noisy, steps=60, progress=False)
     after = psnr(method.restore(noisy), clean).mean()
     assert after > before
     assert after > psnr(noisy, clean).mean() + 0.5

@@ -68,10 +68,10 @@ def tuned_nl_means(noisy: Tensor, clean: Tensor) -> Outcome:
     def restore(settings: Settings) -> NDArray[np.float32]:
         return denoise_nl_means(x, fast_mode=True, channel_axis=-1, **settings)  # type: ignore[no-any-return]
 
-    grid = itertools.product([0.35, 0.5, 0.7, 1.0], [0.0, 0.7, 1.0])
-    levels = [{"h": h * noise, "sigma": s * noise, "patch_size": 7, "patch_distance": 9} for h, s in grid]
+    grid = itertools.product([0.35, 0.5, 0.7, 0.85, 1.0, 1.2], [0.0, 0.7, 1.0])
+    levels = [{"h": h * noise, "sigma": s * noise, "patch_size": 7, "patch_distance": 11} for h, s in grid]
     first = _best(restore, levels, clean)
-    sizes = [(5, 6), (9, 9), (9, 13), (11, 13)]
+    sizes = [(5, 11), (7, 7), (9, 11), (9, 15), (11, 13)]
     others = [{**first[1], "patch_size": p, "patch_distance": d} for p, d in sizes]
     return max(first, _best(restore, others, clean), key=lambda outcome: outcome[2])
 

@@ -49,11 +49,11 @@ def act(page: Any, out: Path, pace: float, seed: int) -> None:
     page.section(
         "What a masked autoencoder makes of three kinds of mask",
         intro=(
-            "Three quarters of each 32x32 crop are hidden and must be painted in. White masks are MAE's (He et al. 2021); green and "
-            "red ones come from filtered noise (ColorMAE, ECCV 2024): the same count of hidden patches, spread in clusters (green) or "
-            f"in large blobs (red). The three networks are alike and had the same {len(data)} crops of sample photographs and {steps} "
-            "steps; the crops below come from photographs they never saw. Look at how much harder red blobs are to fill than white "
-            "specks."
+            "Three quarters of each 32x32 crop are hidden and must be painted in. White masks are MAE's (He et al. 2021); green "
+            "and red ones come from filtered noise (ColorMAE, ECCV 2024): the same count of hidden patches, spread in clusters "
+            f"(green) or in large blobs (red). The three networks are alike and had the same {len(data)} crops of sample "
+            f"photographs and {steps} steps; the crops below come from photographs they never saw. Look at how much harder red "
+            "blobs are to fill than white specks."
         ),
     )
     labels = {"picture": "picture"} | {f"{name}: {row}": row for name in pictures for row in ("masked", "reconstruction")}

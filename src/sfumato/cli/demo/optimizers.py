@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.claim import paired_interval
@@ -13,14 +12,13 @@ from sfumato.cli.console import hint
 from sfumato.data import Batch, digits
 from sfumato.engine import Options, Trainer, build
 from sfumato.engine.loop import as_data
-from sfumato.optim import AdaHessian
+from sfumato.papers.optimization.adahessian import BEST_LR, scaling_curves
 from sfumato.papers.optimization.classifier import Classifier
 from sfumato.probes import HessianOperator, spectral_density
 
 STEPS = 150
 SEEDS = 5
-ARMS = {"AdamW": {"optimizer": "adamw", "lr": 1e-2}, "AdaHessian": {"optimizer": "adahessian", "lr": 0.15}}
-"""Learning rates: the best of a grid on development seeds, one for each optimizer."""
+ARMS = {name: {"optimizer": name.lower(), "lr": BEST_LR[name.lower()]} for name in ("AdamW", "AdaHessian")}
 
 
 def act(page: Any, pace: float, seed: int) -> None:
@@ -36,8 +34,10 @@ def act(page: Any, pace: float, seed: int) -> None:
     )
     hint("a badly scaled quadratic")
     page.figure(
-        curves(badly_scaled(300), xlabel="step", ylabel="loss relative to the start", logy=True),
-        caption="½ Σ aᵢθᵢ² with 13 curvatures from 1 to 10⁶; every optimizer at the best of its learning rates.",
+        curves(
+            {n: (range(len(c)), c) for n, c in scaling_curves().items()}, xlabel="step", ylabel="loss / first loss", logy=True
+        ),
+        caption="½ Σ aᵢθᵢ², 13 curvatures from 1 to 10⁶, parameters in unlike units; AdamW at the best of three rates.",
     )
     steps, train, test = max(10, round(STEPS * pace)), *digits(1000)
     accuracy: dict[str, list[float]] = {name: [] for name in ARMS}
@@ -60,46 +60,17 @@ def act(page: Any, pace: float, seed: int) -> None:
     )
     gaps = [a - b for a, b in zip(accuracy["AdaHessian"], accuracy["AdamW"])]
     mean, low, high = paired_interval(gaps)
-    page.figure([
-        dots(accuracy, xlabel="test accuracy"),
-        intervals([{"label": "AdaHessian over AdamW", "mean": mean, "low": low, "high": high, "dots": gaps}], xlabel="difference"),
-    ], caption=f"Test accuracy of each seed, and the paired difference with its 95 % interval: {verdict(low, high)}")  # fmt: skip
+    difference = {"label": "AdaHessian over AdamW", "mean": mean, "low": low, "high": high, "dots": gaps}
+    page.figure(
+        [dots(accuracy, xlabel="test accuracy"), intervals([difference], xlabel="difference")],
+        caption=f"Test accuracy of each seed, and the paired difference with its 95 % interval: {verdict(low, high)}",
+    )
     page.figure(
         spectrum({name: density for name, (density, _) in ends.items()}, xlabel="eigenvalue of the Hessian", logx=False),
         caption="The Hessian's spectrum where the first seed ended (Lanczos quadrature, 60 steps): " + "; ".join(
             f"{name} at largest eigenvalue {top:.3g}" for name, (_, top) in ends.items()
         ) + ". A smaller largest eigenvalue is a flatter place.",
     )  # fmt: skip
-
-
-def badly_scaled(steps: int) -> dict[str, tuple[list[int], list[float]]]:
-    """Loss curves on ½ Σ aᵢθᵢ², a = 13 values from 1 to 10⁶, from θ = 1; AdamW at the best of five learning rates."""
-    curvature = torch.logspace(0, 6, 13, dtype=torch.float64)
-
-    def run(make: Any) -> list[float]:
-        theta = nn.Parameter(torch.ones(13, dtype=torch.float64))
-        optimizer, values = make([theta]), []
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            return (curvature * theta.square()).sum() / 2
-
-        for _ in range(steps):
-            loss = closure()
-            values.append(float(loss))
-            if isinstance(optimizer, AdaHessian):
-                optimizer.step(closure)
-            else:
-                loss.backward()
-                optimizer.step()
-        return [max(v / values[0], 1e-18) for v in values]
-
-    candidates = [run(lambda p, lr=lr: torch.optim.AdamW(p, lr, weight_decay=0.0)) for lr in (0.003, 0.01, 0.03, 0.1, 0.3)]
-    at = list(range(steps))
-    return {
-        "AdamW": (at, min(candidates, key=lambda v: v[-1])),
-        "AdaHessian": (at, run(lambda p: AdaHessian(p, lr=0.15, eps=1e-12))),
-    }
 
 
 def fit(settings: dict[str, Any], train: Batch, steps: int, seed: int) -> tuple[Any, list[float]]:
@@ -116,7 +87,8 @@ def fit(settings: dict[str, Any], train: Batch, steps: int, seed: int) -> tuple[
 
 def hessian_spectrum(method: Any, train: Batch) -> tuple[Any, float]:
     """The spectral density of the training loss's Hessian, and its largest eigenvalue."""
-    operator = HessianOperator(method.net, F.cross_entropy, (train.x, train.label))
+    assert train.label is not None
+    operator = HessianOperator(method.network, F.cross_entropy, (method.prepare(train.x), train.label))
     density = spectral_density(operator, steps=60, generator=torch.Generator().manual_seed(0))
     return density, float(density.nodes.max())
 

@@ -49,10 +49,10 @@ def act(page: Any, photo: Path | None, out: Path, pace: float, seed: int) -> Non
     page.section(
         "A photograph, restored by a network that saw nothing else",
         intro=(
-            f"Noise with a standard deviation of {SIGMA:g} (on a scale of 0 to 1), correlated between neighbouring pixels as in a "
-            "camera, was added to the photograph. C-BSN (Jang et al., ICCV 2023) learned from that one noisy picture: no clean "
-            "picture, no other picture. The two classical denoisers had an advantage that nobody has in practice: their settings were "
-            "chosen against the clean photograph."
+            f"Noise with a standard deviation of {SIGMA:g} (on a scale of 0 to 1), correlated between neighbouring pixels as in "
+            "a camera, was added to the photograph. C-BSN (Jang et al., ICCV 2023) learned from that one noisy picture: no clean "
+            "picture, no other picture. The two classical denoisers had an advantage that nobody has in practice: their settings "
+            "were chosen against the clean photograph."
         ),
     )
     page.slider(noisy, restored, labels=("noisy", ""), reference=clean, reference_label="the clean photograph",

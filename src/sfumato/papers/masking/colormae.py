@@ -42,7 +42,7 @@ class ColorMAE(MAE):
             None, description="width(s) of the Gaussian filters, tokens; None: 1 (red, blue) or 1 and 2 (green, purple)"
         )
         bank_count: int = Field(3072, gt=0, description="noise images in the bank")
-        bank_size: int = Field(64, gt=0, description="side of a noise image, tokens; more than size / patch")
+        bank_size: int = Field(64, gt=0, description="side of a noise image, tokens; more than image_size / patch")
         bank_seed: int = Field(0, description="seed of the bank, which checkpoints do not hold")
 
         @classmethod

@@ -42,7 +42,7 @@ GREY_STATISTICS = ((0.449,), (0.226,))
 
 
 SMALL_ENCODER: dict[str, Any] = {
-    "steps": 1000, "batch_size": 64, "size": 32, "patch": 4, "dim": 64, "depth": 3, "heads": 4, "base_lr": 8e-3,
+    "steps": 1000, "batch_size": 64, "image_size": 32, "patch": 4, "dim": 64, "depth": 3, "heads": 4, "base_lr": 8e-3,
 }  # fmt: skip
 """What the CPU presets of the family share; the peak learning rate is 2e-3."""
 
@@ -50,7 +50,7 @@ SMALL_ENCODER: dict[str, Any] = {
 class MaskedConfig(MethodConfig):
     """What every masked model of the family can be set to; lengths in pixels, shares of 1."""
 
-    size: int = Field(224, gt=0, description="side of the training crop, pixels")
+    image_size: int = Field(224, gt=0, description="side of the training crop, pixels")
     patch: int = Field(16, gt=0, description="side of a patch, pixels")
     channels: int | None = Field(None, gt=0, description="channels of an image; None: as the data has")
     dim: int = Field(768, gt=0, description="width of the encoder, a multiple of 4 and of heads")
@@ -128,7 +128,7 @@ class MaskedImageModel(Method):
 
         c, steps = self.config, []
         if c.crop_scale is not None:
-            crop = v2.RandomResizedCrop(c.size, scale=c.crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
+            crop = v2.RandomResizedCrop(c.image_size, scale=c.crop_scale, interpolation=InterpolationMode.BICUBIC, antialias=True)
             steps += [crop, v2.Lambda(_clamp_floats)]
         if c.flip:
             steps.append(v2.RandomHorizontalFlip())
@@ -162,7 +162,7 @@ class MaskedImageModel(Method):
         Returns:
             `[B, dim]`.
         """
-        return self.encoder.features(self.normalised(_fitted(x, self.config.size)))
+        return self.encoder.features(self.normalised(_fitted(x, self.config.image_size)))
 
     def timm_weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The encoder for timm, see `MaskedViTEncoder.timm_weights`; its inputs are normalised with ImageNet's statistics."""
@@ -171,7 +171,7 @@ class MaskedImageModel(Method):
     @torch.no_grad()
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures, what is left of them, and visible pixels with predicted hidden ones."""
-        picture = _fitted(batch.x, self.config.size)
+        picture = _fitted(batch.x, self.config.image_size)
         hidden = self.mask(len(picture), generator)
         pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch)
         predicted = self.predict_image(self.normalised(picture), hidden) * self.std + self.mean
@@ -187,7 +187,7 @@ class MaskedImageModel(Method):
         generator = torch.Generator(self.device).manual_seed(0)
         total = count = 0.0
         for batch in batches:
-            x = self.normalised(_fitted(batch.x, self.config.size))
+            x = self.normalised(_fitted(batch.x, self.config.image_size))
             total += float(self.masked_loss(x, self.mask(len(batch), generator))) * len(batch)
             count += len(batch)
         return {"masked_loss": total / count} if count else {}
@@ -228,7 +228,7 @@ class MAE(MaskedImageModel):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         c = self.config
-        self.encoder = MaskedViTEncoder(c.size, c.patch, self.channels, c.dim, c.depth, c.heads, mlp_ratio=c.mlp_ratio)
+        self.encoder = MaskedViTEncoder(c.image_size, c.patch, self.channels, c.dim, c.depth, c.heads, mlp_ratio=c.mlp_ratio)
         numbers = c.patch**2 * self.channels
         self.decoder = MaskedDecoder(
             c.dim, c.decoder_dim, c.decoder_depth, c.decoder_heads, numbers, self.encoder.grid, mlp_ratio=c.mlp_ratio
@@ -290,7 +290,15 @@ def few_labels(lab: Lab) -> Figures:
     train, test = digits(seed=lab.seed)
     assert train.label is not None and test.label is not None  # noqa: PT018
     labels = train.label, test.label
-    settings = {"size": 8, "patch": 2, "channels": 1, "mask_ratio": 0.6, "norm_pix": False, "crop_scale": None, "flip": False}
+    settings = {
+        "image_size": 8,
+        "patch": 2,
+        "channels": 1,
+        "mask_ratio": 0.6,
+        "norm_pix": False,
+        "crop_scale": None,
+        "flip": False,
+    }
     torch.manual_seed(lab.seed)
     scratch = MAE(MAE.Config.small(**settings))
     trained = lab.fit(copy.deepcopy(scratch), train.x, steps=lab.steps(1000))

@@ -63,7 +63,7 @@ class SimMIM(MaskedImageModel):
         if c.mask_unit % c.patch:
             raise BadSetting(f"mask_unit={c.mask_unit} must be a multiple of patch={c.patch}")
         self.encoder = MaskedViTEncoder(
-            c.size, c.patch, self.channels, c.dim, c.depth, c.heads, mlp_ratio=c.mlp_ratio, positions=c.positions,
+            c.image_size, c.patch, self.channels, c.dim, c.depth, c.heads, mlp_ratio=c.mlp_ratio, positions=c.positions,
             drop_path=c.drop_path,
         )  # fmt: skip
         self.mask_token = nn.Parameter(0.02 * torch.randn(c.dim))
