@@ -139,7 +139,7 @@ def test_commands_in_the_docs_are_commands(where, line):
                 assert name == "SLUG" or catalogue.find(name)
 
 
-@pytest.mark.parametrize("page", ["index.md", "tasks.md"])
+@pytest.mark.parametrize("page", ["docs/index.md", "docs/tasks.md", "README.md"])
 def test_python_in_the_docs_runs(page, tmp_path, monkeypatch):
     import numpy as np
     from timm.models.vision_transformer import VisionTransformer
@@ -150,9 +150,9 @@ def test_python_in_the_docs_runs(page, tmp_path, monkeypatch):
     np.savez("embeddings.npz", names=np.array(["a", "b", "c"]), features=np.array([[1.0, 0], [0, 1], [2, 1]]))
     export(MaskedViTEncoder(32, 8, 3, dim=16, depth=1, heads=2))
     space: dict = {}
-    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL):
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
         exec(block, space)
-    if page == "tasks.md":
+    if page == "docs/tasks.md":
         assert space["nearest"].tolist() == ["a", "c", "b"]
         assert isinstance(space["vit"], VisionTransformer)
         assert float(space["loss"]) < float(space["y"].square().mean())

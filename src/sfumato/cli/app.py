@@ -9,6 +9,7 @@ How a command ends: 0 done; 1 it ran and the answer is no; 2 something to mend, 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -286,6 +287,7 @@ def doctor(json: AsJson = False) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command line and exit: an error that a person can mend is one line, never a traceback."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.jit")  # said by libraries, not of a person's code
     try:
         try:
             typer.main.get_command(app).main(args=None if args is None else list(args), prog_name="sfumato")

@@ -23,12 +23,12 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -309,21 +309,23 @@ class Trainer:
             ema.load_state_dict(saved["ema"])
         return ema
 
-    def _steps_in(self, minutes: float, warm: int = 2, timed: int = 5) -> int:
-        """How many steps fit: time a few in the middle of the schedules on a throw-away copy of the state."""
+    def _steps_in(self, minutes: float, warm: int = 2, timed: int = 5, at_least: float = 1.0) -> int:
+        """How many steps fit: time a few (and a second) in the middle of the schedules on a throw-away copy of the state."""
         before, seed = copy.deepcopy(self.method.state_dict()), self.options.seed
         self.ctx.step, self.ctx.total, seconds = 500, 1000, []
-        for batches in islice(self.batches(0), warm + timed):
+        for batches in self.batches(0):
             started = time.perf_counter()
             self.step([b.to(self.device) for b in batches], check=True)
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
+            if len(seconds) >= warm + timed and sum(seconds) > at_least:
+                break
         self.method.load_state_dict(before)
         self.ctx.optimizers, self.ctx.step = self.method.optimizers(), 0
         self.ema = self._ema({})
         seed_everything(key(seed, "after timing"), self.device)
-        typical = sorted(seconds[warm:])[timed // 2]
+        typical = statistics.median(seconds[warm:])
         total = torch.tensor(float(max(1, int(60 * minutes / typical))), device=self.device)
         return int(self._sum(total) / self.accelerator.num_processes)
 

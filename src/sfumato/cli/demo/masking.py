@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.cli.console import hint
-from sfumato.data import photo_crops
+from sfumato.data import photo_crops, photo_names, photos
 from sfumato.engine import Run, Trainer, build
 from sfumato.engine.loop import Options, as_data
 from sfumato.method import Batch
@@ -17,6 +17,8 @@ from sfumato.papers.masking.colormae import ColorMAE
 from sfumato.papers.masking.mae import MAE
 
 STEPS = 450
+HELD_OUT = (("chelsea", 100, 140), ("chelsea", 165, 205), ("coins", 120, 100), ("gravel", 200, 200))
+"""Photograph, top and left of the crops that are shown: an eye, fur, a coin's rim, stones."""
 ARMS: dict[str, tuple[type[MAE], dict[str, Any]]] = {
     "white": (MAE, {}),
     "green": (ColorMAE, {"color": "green"}),
@@ -27,7 +29,7 @@ ARMS: dict[str, tuple[type[MAE], dict[str, Any]]] = {
 def act(page: Any, out: Path, pace: float, seed: int) -> None:
     """Train one autoencoder a colour; show masks, reconstructions and losses."""
     data = as_data(photo_crops(2048, 32, split="train", generator=torch.Generator().manual_seed(seed)))
-    held_out = photo_crops(4, 32, split="test", generator=torch.Generator().manual_seed(seed + 1))
+    held_out = crops(32)
     steps = max(10, round(STEPS * pace))
     curves, pictures, rows = {}, {}, []
     for name, (kind, settings) in ARMS.items():
@@ -71,3 +73,9 @@ def act(page: Any, out: Path, pace: float, seed: int) -> None:
         caption="The losses are not a contest: each is measured on its own masks, and clustered masks are harder.",
     )
     page.table(rows, columns=["mask", "seconds", "last loss"])
+
+
+def crops(side: int) -> Tensor:
+    """The crops of `HELD_OUT`, `[4, 3, side, side]` in [0, 1]."""
+    whole = dict(zip(photo_names("test"), photos("test")))
+    return torch.stack([whole[name][:, top : top + side, left : left + side].float() / 255 for name, top, left in HELD_OUT])

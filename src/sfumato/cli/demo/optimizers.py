@@ -37,7 +37,7 @@ def act(page: Any, pace: float, seed: int) -> None:
         curves(
             {n: (range(len(c)), c) for n, c in scaling_curves().items()}, xlabel="step", ylabel="loss / first loss", logy=True
         ),
-        caption="½ Σ aᵢθᵢ², 13 curvatures from 1 to 10⁶, parameters in unlike units; AdamW at the best of three rates.",
+        caption="Half the sum of a·θ², 13 curvatures a from 1 to a million, in unlike units; AdamW at the best of three rates.",
     )
     steps, train, test = max(10, round(STEPS * pace)), *digits(1000)
     accuracy: dict[str, list[float]] = {name: [] for name in ARMS}
