@@ -7,7 +7,8 @@ a second derivative work for every network: they run attention through a kernel 
 pgd: L(x′);  trades: L(x) + β KL(p(x) ‖ p(x′));  smooth: L(x) + ν ‖Δ̄(x′) − Δ̄(x)‖₂, with Δ̄ the margins of the label.
 
 Batch normalisation: micro-batches and processes then normalise by their own statistics, so accumulating or distributing is not
-exactly the same as one large batch (it is for networks without it).
+exactly the same as one large batch (it is for networks without it). Attacks are made with its running statistics, which every
+call of the loss moves on.
 
 >>> import torch
 >>> from sfumato.data import Batch

@@ -114,7 +114,7 @@ def recipe(**over: Any) -> Classifier.Config:
     """SGD with Nesterov's momentum at rate 0.05 down a cosine, decay 5e-4, batches of 128, on 8 x 8 digits."""
     nesterov = {"nesterov": True}
     usual: dict[str, Any] = {
-        "model": "mlp", "channels": 1, "classes": 10, "image_size": 8, "mean": 0.0, "std": 1.0, "optimizer": "sgd", "lr": 0.05,
+        "model": "mlp", "channels": 1, "classes": 10, "image_size": 8, "optimizer": "sgd", "lr": 0.05,
         "weight_decay": 5e-4, "warmup": 0.0, "optimizer_settings": nesterov, "batch_size": 128, "steps": 254,
     }  # fmt: skip
     return Classifier.Config.small(**{**usual, **over})
@@ -163,13 +163,19 @@ def many_classes(lab: Lab) -> Figures:
     return figures
 
 
+EPS = 0.1
+"""Radius of every attack, in pixels from 0 to 1."""
+
+GRID = {"trades": (1.0, 3.0, 6.0), "smooth comp-sum": (0.03, 0.1, 0.3, 1.0)}
+"""Weights of the attack's term that were tried, with seeds 0 to 4; the verdict uses other seeds."""
+
 ARMS: dict[str, dict[str, Any]] = {
     "cross-entropy": {},
     "pgd": {"adversarial": "pgd"},
-    "trades": {"adversarial": "trades", "adversarial_weight": 6.0},
+    "trades": {"adversarial": "trades", "adversarial_weight": 3.0},
     "smooth comp-sum": {"adversarial": "smooth", "loss": "comp_sum", "adversarial_weight": 0.3, "adversarial_warmup": 0.2},
 }
-EPS = 0.1
+"""Each at the best weight of `GRID`: robust accuracy .838, .864, .839 of TRADES; .738, .793, .810, .772 of the other."""
 
 
 def robust_figures(lab: Lab, **over: Any) -> dict[str, float]:
@@ -179,3 +185,22 @@ def robust_figures(lab: Lab, **over: Any) -> dict[str, float]:
     method.config = method.config.model_copy(update={"adversarial": "pgd"})  # evaluation attacks every arm alike
     figures = method.evaluate([test])
     return {name: figures[name] for name in ("accuracy", "robust_accuracy")}
+
+
+@claim(
+    "Smooth adversarial comp-sum training withstands PGD better than TRADES and is no less accurate on clean digits",
+    Better("robust_accuracy", "smooth comp-sum", over="trades"),
+    Holds("clean accuracy is at most one point below TRADES", lambda f: _clean_loss(f) <= 0.01),
+    seeds=range(100, 105),
+    note="A small network on 8 x 8 digits, pixels moved by at most 0.1. The paper reports gains on wide residual networks after "
+    "hundreds of epochs; here TRADES and plain PGD training were ahead on the development seeds at every weight that was tried. "
+    "The norm in the smooth loss is not squared: it shrinks the margins of all pictures, robust or not. Its weight, the rise "
+    "over the first fifth, and the one point allowed in clean accuracy are our choice.",
+)
+def robustness(lab: Lab) -> Figures:
+    """Clean and robust accuracy after plain, PGD, TRADES and smooth comp-sum training on digits."""
+    return {name: robust_figures(lab, **settings) for name, settings in ARMS.items()}
+
+
+def _clean_loss(figures: Figures) -> float:
+    return figures["trades"]["accuracy"] - figures["smooth comp-sum"]["accuracy"]
