@@ -146,9 +146,10 @@ def test_starting_from_the_same_network_keeps_the_head():
         Classifier.init_from(small(), Method())
 
 
-def test_save_and_load_gives_the_same_output():
+@pytest.mark.parametrize("adversarial", ["none", "smooth"])
+def test_save_and_load_gives_the_same_output(adversarial):
     train, _ = digits(train=100)
-    method = fit(built(batch_size=32), train, steps=3, progress=False, device="cpu")
+    method = fit(built(batch_size=32, adversarial=adversarial), train, steps=3, progress=False, device="cpu")
     state = copy.deepcopy(method.state_dict())
     again = built()
     again.load_state_dict(state)
