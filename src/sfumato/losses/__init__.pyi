@@ -1,3 +1,10 @@
+from .adversarial_training import smooth_adversarial_comp_sum as smooth_adversarial_comp_sum
+from .adversarial_training import trades as trades
+from .comp_sum_family import CompSum as CompSum
+from .comp_sum_family import comp_sum as comp_sum
+from .comp_sum_family import comp_sum_bound as comp_sum_bound
+from .comp_sum_family import comp_sum_bound_inverse as comp_sum_bound_inverse
+from .comp_sum_family import margins as margins
 from .masked import masked_l1 as masked_l1
 from .masked import masked_mean as masked_mean
 from .masked import masked_patch_mse as masked_patch_mse

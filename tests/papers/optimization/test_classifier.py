@@ -9,6 +9,7 @@ from torch import nn
 from sfumato.data import Batch, Facts, digits
 from sfumato.engine import fit
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
+from sfumato.losses import smooth_adversarial_comp_sum, trades
 from sfumato.method import Context, Encoder, Method, Predictor
 from sfumato.nn import MaskedViTEncoder
 from sfumato.optim import AdaHessian
@@ -145,9 +146,10 @@ def test_starting_from_the_same_network_keeps_the_head():
         Classifier.init_from(small(), Method())
 
 
-def test_save_and_load_gives_the_same_output():
+@pytest.mark.parametrize("adversarial", ["none", "smooth"])
+def test_save_and_load_gives_the_same_output(adversarial):
     train, _ = digits(train=100)
-    method = fit(built(batch_size=32), train, steps=3, progress=False, device="cpu")
+    method = fit(built(batch_size=32, adversarial=adversarial), train, steps=3, progress=False, device="cpu")
     state = copy.deepcopy(method.state_dict())
     again = built()
     again.load_state_dict(state)
@@ -179,3 +181,85 @@ def test_bad_settings_are_told():
         built().loss(Batch(torch.rand(2, 1, 8, 8), torch.arange(2)), None)
     with pytest.raises(ValidationError):
         small(optimizer="sgdd")
+
+
+def batch_of(count=6):
+    train, _ = digits(train=50)
+    return Batch(train.x[:count], train.index[:count], train.label[:count])
+
+
+def context(seed=0, step=0):
+    return Context(step, 100, seed, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_comp_sum_contains_cross_entropy(smoothing):
+    batch = batch_of()
+    plain = built(label_smoothing=smoothing).eval().loss(batch, context()).value
+    same, other = (
+        built(label_smoothing=smoothing, loss="comp_sum", tau=tau).eval().loss(batch, context()).value for tau in (1.0, 1.5)
+    )
+    torch.testing.assert_close(same, plain)
+    assert other < plain
+
+
+@pytest.mark.parametrize("kind", ["pgd", "trades", "smooth"])
+def test_adversarial_losses_are_the_published_ones(kind):
+    batch = batch_of()
+    method = built(
+        loss="comp_sum", adversarial=kind, adversarial_weight=None if kind == "trades" else 0.5, eps=0.1, rho=1.0
+    ).eval()
+    value, weight, logs = method.loss(batch, context())
+    attacked = method.attack(batch.x, batch.label, torch.Generator().manual_seed(0))
+    clean, moved = method.logits(batch.x), method.logits(attacked)
+    expected = {
+        "pgd": F.cross_entropy(moved, batch.label),
+        "trades": trades(clean, moved, batch.label, beta=6.0),
+        "smooth": smooth_adversarial_comp_sum(clean, moved, batch.label, nu=0.5),
+    }[kind]
+    torch.testing.assert_close(value, expected)
+    assert weight == 6
+    assert ("shift" in logs) == (kind != "pgd")
+    assert all(not number.requires_grad for number in logs.values())
+    assert 0 < (attacked - batch.x).abs().max() <= 0.1 + 1e-6
+    assert 0 <= attacked.min() < attacked.max() <= 1
+    if kind == "pgd":
+        assert method.criterion(moved, batch.label) > method.criterion(clean, batch.label)
+
+
+def test_attacks_run_at_rest_and_leave_no_trace():
+    batch = batch_of()
+    method = built(adversarial="trades")
+    state = copy.deepcopy(method.state_dict())
+    method.attack(batch.x, batch.label, torch.Generator().manual_seed(0))
+    assert method.training
+    assert all(torch.equal(t, state[name]) for name, t in method.state_dict().items())
+    assert all(p.grad is None for p in method.parameters())
+    method.eval()
+    assert torch.equal(method.loss(batch, context()).value, method.loss(batch, context()).value)
+    assert not torch.equal(method.loss(batch, context()).value, method.loss(batch, context(seed=1)).value)
+
+
+def test_weight_of_the_attack_rises():
+    batch = batch_of()
+    method = built(adversarial="smooth", adversarial_warmup=0.2, eps=0.1).eval()
+    plain = built().eval().loss(batch, context()).value
+    start, middle, end = (method.loss(batch, context(step=step)) for step in (0, 10, 20))
+    torch.testing.assert_close(start.value, plain)
+    torch.testing.assert_close(middle.value - plain, 0.5 * middle.logs["shift"])
+    torch.testing.assert_close(end.value - plain, end.logs["shift"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adahessian"])
+def test_adversarial_training_makes_robust(optimizer):
+    train, test = digits(train=300)
+    common = {"model": "mlp", "optimizer": optimizer, "lr": 0.05, "eps": 0.1, "attack_steps": 3}
+    figures = {}
+    for kind in ("none", "smooth"):
+        method = built(**common, loss="comp_sum", adversarial=kind, adversarial_weight=0.3)
+        method = fit(method, train, steps=30, progress=False, device="cpu")
+        method.config = method.config.model_copy(update={"adversarial": "pgd"})
+        figures[kind] = method.evaluate([test])
+        assert figures[kind] == method.evaluate([test]), "the same attack every time"
+    assert figures["smooth"]["robust_accuracy"] > figures["none"]["robust_accuracy"] + 0.02
+    assert figures["smooth"]["robust_accuracy"] < figures["smooth"]["accuracy"]

@@ -3,8 +3,12 @@
 L(θ) = mean cross-entropy of softmax(f_θ(x)) against labels smoothed by s: (1 − s)·onehot(y) + s / K. Not a paper. Optimizers with
 a second derivative work for every network: they run attention through a kernel that has one.
 
+`loss=comp_sum` takes another loss of cross-entropy's family. With `adversarial` the classifier learns from attacked pictures x′:
+pgd: L(x′);  trades: L(x) + β KL(p(x) ‖ p(x′));  smooth: L(x) + ν ‖Δ̄(x′) − Δ̄(x)‖₂, with Δ̄ the margins of the label.
+
 Batch normalisation: micro-batches and processes then normalise by their own statistics, so accumulating or distributing is not
-exactly the same as one large batch (it is for networks without it).
+exactly the same as one large batch (it is for networks without it). Attacks are made with its running statistics, which every
+call of the loss moves on.
 
 >>> import torch
 >>> from sfumato.data import Batch
@@ -27,12 +31,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
+from sfumato.attacks.gradient_attacks import pgd
+from sfumato.attacks.objectives import Objective, kl_shift, margin_shift
 from sfumato.data.batch import Batch, Facts
 from sfumato.errors import BadCheckpoint, BadData, BadSetting, nearest
+from sfumato.losses.comp_sum_family import comp_sum
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.nn.masked_vit import MaskedViTEncoder
 from sfumato.optim.adahessian import AdaHessian
 from sfumato.optim.schedules import cosine_warmup, linear_ramp
+from sfumato.probes.functional_model import eval_mode
 
 OWN_MODELS = ("conv", "mlp", "vit")
 CUSTOMARY = {  # (learning rate, weight decay)
@@ -42,6 +50,8 @@ CUSTOMARY = {  # (learning rate, weight decay)
     "adahessian": (0.15, 5e-4 / 0.15),  # the official script divides its 5e-4 by the learning rate
     "lbfgs": (1.0, 0.0),
 }
+SHIFTS: dict[str, tuple[Callable[[Tensor], Objective], float]] = {"trades": (kl_shift, 6.0), "smooth": (margin_shift, 1.0)}
+"""What an attack changes, added to the loss of the clean pictures, and its customary weight."""
 
 
 class SupervisedConfig(MethodConfig):
@@ -289,11 +299,21 @@ def make_optimizer(config: SupervisedConfig, params: list[nn.Parameter]) -> Opti
 
 
 class Classifier(Supervised):
-    """Pictures to class probabilities, with any network and optimizer."""
+    """Pictures to class probabilities, with any network, optimizer and loss of the family."""
 
     class Config(SupervisedConfig):
         classes: int | None = Field(None, gt=1, description="number of classes; None: those of the data")
         label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+        loss: Literal["cross_entropy", "comp_sum"] = Field("cross_entropy", description="comp_sum: its family, see tau")
+        tau: float = Field(1.0, ge=0, description="of comp_sum: 0 sum-exponential, 1 cross-entropy, 2 mean absolute error")
+        rho: float = Field(1.0, gt=0, description="of comp_sum: the margin that counts as large")
+        adversarial: Literal["none", "pgd", "trades", "smooth"] = Field(
+            "none", description="how attacked pictures are learnt from"
+        )
+        eps: float = Field(8 / 255, ge=0, le=1, description="largest change of a pixel by an attack; pixels are 0 to 1")
+        attack_steps: int = Field(10, gt=0, description="gradient steps of an attack while training (evaluation: 40)")
+        adversarial_weight: float | None = Field(None, ge=0, description="of the change by an attack; None: trades 6, smooth 1")
+        adversarial_warmup: float = Field(0.0, ge=0, le=1, description="share of the steps over which that weight rises from 0")
 
         @classmethod
         def small(cls, **over: Any) -> Self:
@@ -309,34 +329,76 @@ class Classifier(Supervised):
             raise BadSetting("classes is not set, and there is no labelled data to count them in: say classes=10")
         return build_network(self.config, self.config.classes)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits `[B, K]` of pictures `[B, C, H, W]` in [0, 1]."""
+        logits: Tensor = self.network(self.prepare(x))
+        return logits
+
+    def criterion(self, logits: Tensor, label: Tensor) -> Tensor:
+        """The mean loss that the settings name, of logits `[B, K]` and labels `[B]`."""
+        smoothing = self.config.label_smoothing
+        if self.config.loss == "cross_entropy":
+            return F.cross_entropy(logits, label, label_smoothing=smoothing)
+        if smoothing:
+            label = F.one_hot(label, logits.shape[1]) * (1 - smoothing) + smoothing / logits.shape[1]
+        return comp_sum(logits, label, tau=self.config.tau, rho=self.config.rho)
+
+    def attack(self, x: Tensor, label: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Pictures as the training attacks them, like `x`: the network at rest, each pixel changed by at most eps."""
+        objective: str | Objective = "ce"
+        with eval_mode(self):
+            if self.config.adversarial in SHIFTS:
+                with torch.no_grad():
+                    objective = SHIFTS[self.config.adversarial][0](self.logits(x))
+            start: Literal["uniform", "tiny"] = "uniform" if objective == "ce" else "tiny"  # a shift has no slope at x
+            settings: dict[str, Any] = {"eps": self.config.eps, "steps": self.config.attack_steps, "init": start}
+            return pgd(self.logits, x, label, objective=objective, generator=generator, **settings)
+
     def loss(self, batch: Batch, ctx: Context) -> Loss:
-        """Mean cross-entropy, with the accuracy logged."""
-        logits, label = self.network(self.prepare(batch.x)), _label(batch)
-        value = F.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing)
-        return Loss(value, len(batch), {"accuracy": (logits.argmax(1) == label).float().mean()})
+        """The mean loss, of clean or attacked pictures, with the accuracy on them logged."""
+        x, label, kind = batch.x, _label(batch), self.config.adversarial
+        attacked = x if kind == "none" else self.attack(x, label, ctx.generator)
+        logits = self.logits(attacked if kind == "pgd" else x)
+        value = self.criterion(logits, label)
+        logs = {"accuracy": (logits.argmax(1) == label).float().mean()}
+        if kind in SHIFTS:
+            shift, customary = SHIFTS[kind]
+            chosen = self.config.adversarial_weight
+            weight = linear_ramp(ctx.progress, end=self.config.adversarial_warmup) * (customary if chosen is None else chosen)
+            logs["shift"] = moved = shift(logits)(self.logits(attacked), label).mean()
+            value = value + weight * moved
+        return Loss(value, len(batch), {name: number.detach() for name, number in logs.items()})
 
     def predict(self, x: Tensor) -> Tensor:
         """Class probabilities `[B, K]` of pictures `[B, C, H, W]` in [0, 1], any height and width."""
-        probabilities: Tensor = self.network(self.prepare(x)).softmax(1)
-        return probabilities
+        return self.logits(x).softmax(1)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Accuracy and mean cross-entropy on held-out data."""
-        right = total = torch.zeros((), dtype=torch.float64, device=self.device)
-        count = 0
+        """Accuracy and mean cross-entropy on held-out data; after adversarial training also the accuracy under attack.
+
+        That attack (PGD on the margin, 40 steps of eps / 4 from a random start) draws the same start every time.
+        """
+        robust = self.config.adversarial != "none"
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        generator, count = torch.Generator(self.device).manual_seed(0), 0
         for batch in batches:
-            logits, label = self.network(self.prepare(batch.x)), _label(batch)
-            right = right + (logits.argmax(1) == label).sum()
-            total = total + F.cross_entropy(logits, label, reduction="sum")
+            x, label = batch.x, _label(batch)
+            logits = self.logits(x)
+            sums[0] += (logits.argmax(1) == label).sum()
+            sums[1] += F.cross_entropy(logits, label, reduction="sum")
+            if robust:
+                x = pgd(self.logits, x, label, eps=self.config.eps, steps=40, objective="margin", generator=generator)
+                sums[2] += (self.logits(x).argmax(1) == label).sum()
             count += len(batch)
-        return {"accuracy": float(right) / max(1, count), "loss": float(total) / max(1, count)}
+        figures = dict(zip(("accuracy", "loss", "robust_accuracy"), (sums / max(1, count)).tolist()))
+        return figures if robust else {name: figures[name] for name in ("accuracy", "loss")}
 
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """The pictures, and where the winning class is most sensitive to them."""
         with torch.enable_grad():
             x = batch.x.detach().clone().requires_grad_()
-            slope = torch.autograd.grad(self.network(self.prepare(x)).amax(1).sum(), x)[0]
+            slope = torch.autograd.grad(self.logits(x).amax(1).sum(), x)[0]
         heat = slope.abs().amax(1, keepdim=True)
         return {"pictures": batch.x, "sensitive to": heat / heat.amax((2, 3), keepdim=True).clamp_min(1e-12)}
 
