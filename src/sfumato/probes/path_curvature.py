@@ -20,31 +20,30 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import jvp
 
 from sfumato.errors import BadData
 from sfumato.probes.functional_model import Data, FunctionalModel, as_batches
-from sfumato.probes.operators import LossFunction
+from sfumato.probes.operators import LossFunction, Point
 from sfumato.probes.paths import State, barrier, check_states, fork_geometry, layerwise_barrier, path_loss
 
 
 def directional_derivatives(
     model: nn.Module, state: State, direction: State, loss: LossFunction, data: Data, *, alphas: Iterable[float] = (0.0,)
 ) -> Tensor:
-    """Value, slope and curvature of the loss along a direction: L, gᵀδ and δᵀ∇²Lδ at θ + α δ, by forward mode alone.
+    """Value, slope and curvature of the loss along a direction: L, gᵀδ and δᵀ∇²Lδ at θ + α δ, without a Hessian.
 
-    Two nested Jacobian-vector products, about three forward passes a position; no graph and no Hessian. Batch norm takes, and
-    is differentiated through, the statistics of each batch.
+    The loss is a function of α alone, differentiated twice in reverse mode: a few forward passes a position. Batch norm takes,
+    and is differentiated through, the statistics of each batch.
 
     Args:
-        model: any module whose operations have forward-mode derivatives; it is not changed.
+        model: any module that can be differentiated twice; it is not changed.
         state: `state_dict` at α = 0.
         direction: δ, a tensor for each trainable parameter; others are constants.
         loss: `(outputs, targets) -> scalar`, the mean over the batch.
@@ -65,7 +64,7 @@ def directional_derivatives(
         for alpha in alphas:
             total, count = torch.zeros(3, dtype=torch.float64, device=device), 0
             for x, y in as_batches(data, device):
-                total += _second_order(lambda t, x=x: function(t, x), theta, delta, alpha, loss, y) * len(x)
+                total += _second_order(function, loss, (theta, delta), alpha, x, y) * len(x)
                 count += len(x)
             if not count:
                 raise BadData("the probe's data is empty")
@@ -74,20 +73,17 @@ def directional_derivatives(
 
 
 def _second_order(
-    f: Callable[[Any], Tensor], theta: dict[str, Tensor], delta: dict[str, Tensor], alpha: float, loss: LossFunction, y: Tensor
+    f: FunctionalModel, loss: LossFunction, line: tuple[Point, Point], alpha: float, x: Tensor, y: Tensor
 ) -> Tensor:
     """L, L′ and L″ of one batch at θ + α δ, `[3]`."""
-    start = next(iter(theta.values())).new_tensor(alpha)
-    one = torch.ones_like(start)
-
-    def value(t: Tensor) -> Tensor:
-        return loss(f({name: p + t * delta[name] for name, p in theta.items()}), y)
-
-    def value_and_slope(t: Tensor) -> tuple[Tensor, Tensor]:
-        return jvp(value, (t,), (one,))
-
-    (level, slope), (_, curvature) = jvp(value_and_slope, (start,), (one,))
-    return torch.stack([level, slope, curvature]).double()
+    theta, delta = line
+    with torch.enable_grad():
+        t = next(iter(theta.values())).new_tensor(alpha).requires_grad_()
+        level = loss(f({name: p + t * delta[name] for name, p in theta.items()}, x), y)
+        # reverse over reverse: forward over forward is wrong for batch norm in torch, whose saved statistics carry no tangent
+        (slope,) = torch.autograd.grad(level, t, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope, t, materialize_grads=True) if slope.requires_grad else (torch.zeros_like(t),)
+    return torch.stack([level, slope, curvature]).detach().double()
 
 
 def barrier_prediction(

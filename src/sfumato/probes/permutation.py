@@ -113,7 +113,8 @@ class _Groups:
             raise BadSetting(
                 f"cannot follow units through {name!r} ({type(layer).__name__}): match Linear, Conv and batch norm only"
             )
-        outputs, inputs = layer.weight.shape[:2]  # type: ignore[union-attr, misc]
+        weight = layer.get_parameter("weight")
+        outputs, inputs = weight.shape[:2]
         known = self.size[source] or inputs
         if inputs % known or (inputs != known and source in self.flat_last and source):
             raise BadSetting(f"{name!r} takes {inputs} inputs and the layer before gives {known} units: these cannot be lined up")
