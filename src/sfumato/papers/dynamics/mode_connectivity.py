@@ -216,8 +216,8 @@ def forks(lab: Lab) -> Figures:
     "Curvature half-way between two networks ranks the barriers between them",
     Better("rank correlation", "midpoint curvature", over="chance", by=0.7),
     seeds=range(100, 105),
-    note="Most forked pairs have a barrier of almost 0, whose order is chance, and their loss is a flat basin with walls: curvature "
-    "at one point says little of it. Where barriers are high (independent runs) it is large and of the right sign.",
+    note="Most forked pairs have barriers near 0, in an order of chance, and curvature at one point is not its mean on the line. "
+    "For independent runs, whose barriers are high, it has the right sign and is large.",
 )
 def curvature(lab: Lab) -> Figures:
     """Spearman correlation with the barrier over all forked and independent pairs, of three predictors."""
