@@ -78,7 +78,7 @@ def test_claim_on_forks_in_small(forks):
 
 def test_claim_on_forks_can_fail(forks):
     good = {arm: dict(values) for arm, values in forks.items()}
-    good["fork epoch"] = {"distance": -1.0, "angle at init": -1.0}
+    good["fork epoch"] = {"rank trend of distance": -1.0, "rank trend of angle at init": -1.0}
     good["fork at 0"] |= {"barrier": 0.05, "log10 of the barrier": math.log10(0.05)}
     good["independent"] |= {"barrier": 1.4, "log10 of the barrier": math.log10(1.4)}
     good["fork at 8"] |= {"barrier": 0.0}
@@ -86,7 +86,7 @@ def test_claim_on_forks_can_fail(forks):
     assert judge(page.forks, [good] * 5).verdict is Verdict.REPRODUCED
     same = {**good, "fork at 0": good["fork at 16"] | {"log10 of the barrier": -4.0}}
     late = {**good, "fork at 8": {"barrier": 0.006}}
-    far = {**good, "fork epoch": {"distance": -0.5, "angle at init": -1.0}}
+    far = {**good, "fork epoch": {"rank trend of distance": -0.5, "rank trend of angle at init": -1.0}}
     for changed in (same, late, far):
         assert judge(page.forks, [changed] * 5).verdict is Verdict.NOT_REPRODUCED
 
