@@ -31,6 +31,12 @@ def generate() -> ModuleType:
     return module
 
 
+@pytest.fixture
+def no_records(monkeypatch, tmp_path):
+    """A house in which no claim was run yet."""
+    monkeypatch.setattr(catalogue, "RECORDS", tmp_path)
+
+
 def record(**finding):
     figures = {str(seed): {"a": {"score": 1.0}, "b": {"score": 0.0}} for seed in range(5)}
     claim = {"name": "it_works", "statement": "a*b wins", "verdict": "inconclusive", "note": "It is small.", "figures": figures}
@@ -38,7 +44,7 @@ def record(**finding):
     return {"claims": [{**claim, "findings": [finding, exact]}], "date": "2025-01-31", "commit": "abc1234", "seconds": 61.0}
 
 
-def test_built_paper_has_a_page_of_its_facts(generate):
+def test_built_paper_has_a_page_of_its_facts(generate, no_records):
     settings = (Setting("color", '"a" | "b"', "which | one", "a", "b"), Setting("n", "int", "count"))
     row = dataclasses.replace(catalogue.find("adahessian"), settings=settings)
     page = generate.paper_page(row, None)
@@ -74,7 +80,7 @@ def test_part_that_is_not_built_is_named_without_a_link(generate):
     assert generate.part_link("optim.NoSuchThing") == "`optim.NoSuchThing` (not built yet)"
 
 
-def test_table_holds_every_paper_and_links_the_built_ones(generate):
+def test_table_holds_every_paper_and_links_the_built_ones(generate, no_records):
     rows = list(catalogue.load().values())
     half = [dataclasses.replace(row, built=i % 2 == 0) for i, row in enumerate(rows)]
     table = generate.table_page(half)
