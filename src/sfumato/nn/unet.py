@@ -18,7 +18,7 @@ True
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -69,7 +69,7 @@ def small_unet(
     if not set(attn_at) <= set(range(len(mults))):
         raise BadSetting(f"attn_at={tuple(attn_at)} names levels that are not there: allowed are 0 to {len(mults) - 1}")
     kinds = ["Attn" if level in attn_at else "" for level in range(len(mults))]
-    net: nn.Module = UNet2DModel(
+    net = UNet2DModel(
         sample_size=sides,
         in_channels=in_channels,
         out_channels=out_channels or in_channels,
@@ -81,7 +81,7 @@ def small_unet(
         dropout=dropout,
         num_class_embeds=classes,
     )
-    return net
+    return cast(nn.Module, net)
 
 
 def unet_encode(unet: Any, x: Tensor, t: Tensor, *, cond: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
