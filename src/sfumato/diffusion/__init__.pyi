@@ -1,0 +1,15 @@
+from .predictions import as_denoiser as as_denoiser
+from .predictions import convert as convert
+from .samplers import SamplerStep as SamplerStep
+from .samplers import sample_ddim as sample_ddim
+from .samplers import sample_ddpm as sample_ddpm
+from .samplers import sample_euler as sample_euler
+from .samplers import sample_heun as sample_heun
+from .schedules import Schedule as Schedule
+from .schedules import beta_schedule as beta_schedule
+from .schedules import edm_sigmas as edm_sigmas
+from .time_samplers import lognormal_sigma as lognormal_sigma
+from .time_samplers import range_t as range_t
+from .time_samplers import uniform_t as uniform_t
+from .training import EDMPrecond as EDMPrecond
+from .training import denoising_loss as denoising_loss

@@ -1,0 +1,201 @@
+"""From noise to pictures, with explicit noise and a callback that sees every step.
+
+    DDIM:  x_p = sqrt(abar_p) x̂_0 + sqrt(1 - abar_p - s²) ε̂ + s z,    s² = eta² (1 - abar_p) / (1 - abar_t) (1 - abar_t / abar_p)
+    EDM:   dx / dsigma = (x - D(x, sigma)) / sigma,    by Euler's or Heun's rule
+
+eta = 0 is deterministic; eta = 1 over all times is DDPM's ancestral sampling. All samplers are called alike.
+
+Sources: Ho, Jain, Abbeel 2020, algorithm 2; Song, Meng, Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, equation 12;
+Karras et al. 2022, algorithm 1.
+
+>>> import torch
+>>> from sfumato.diffusion import edm_sigmas, sample_heun
+>>> at_zero = lambda x, sigma: x / (1 + sigma**2)  # the exact denoiser of a standard normal
+>>> x = sample_heun(at_zero, torch.full((1, 1), 80.0, dtype=torch.float64), edm_sigmas(40))
+>>> bool((x - 80 / (1 + 80**2) ** 0.5).abs() < 0.02)
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sfumato.diffusion.predictions import convert
+from sfumato.diffusion.schedules import Schedule, expand
+from sfumato.errors import BadSetting
+
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+class SamplerStep(NamedTuple):
+    """What a callback sees before each update."""
+
+    step: int
+    x_t: Tensor
+    x0: Tensor
+    sigma: Tensor
+
+
+Callback = Callable[[SamplerStep], None]
+
+
+def sample_ddpm(
+    model: Model,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    steps: int | None = None,
+    predict: str = "eps",
+    clip: bool = False,
+    noise: Tensor | None = None,
+    callback: Callback | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Ancestral sampling with the posterior's variance, over all times: `sample_ddim` with `eta=1`; see there."""
+    return sample_ddim(
+        model, x, schedule, steps=steps or len(schedule), eta=1.0, predict=predict,
+        clip=clip, noise=noise, callback=callback, generator=generator,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def sample_ddim(
+    model: Model,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    steps: int = 50,
+    eta: float = 0.0,
+    predict: str = "eps",
+    clip: bool = False,
+    noise: Tensor | None = None,
+    callback: Callback | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """DDIM with leading spacing; the last step goes to the clean picture.
+
+    Args:
+        model: `model(x_t, t)` with t `[B]` int64.
+        x: standard normal, `[B, ...]`: where to begin.
+        schedule: the tables that the model was trained with.
+        steps: network calls, 1 to T.
+        eta: share of the ancestral noise, 0 (none) to 1.
+        predict: what the model predicts.
+        clip: clamp every x̂_0 to [-1, 1].
+        noise: `[steps, B, ...]`, the z of each step instead of drawing them.
+        callback: told of every step before its update.
+        generator: source of the draws.
+
+    Returns:
+        Like `x`.
+
+    Raises:
+        BadSetting: more steps than times, or none.
+    """
+    if not 1 <= steps <= len(schedule):
+        raise BadSetting(f"steps={steps} is not between 1 and the schedule's {len(schedule)}")
+    stride = len(schedule) // steps
+    for i in range(steps):
+        t = (steps - 1 - i) * stride
+        times = torch.full((len(x),), t, device=x.device)
+        out = model(x, times)
+        x0 = convert(out, x, t, schedule, source=predict, target="x0")
+        eps = convert(out, x, t, schedule, source=predict, target="eps")
+        if clip:
+            x0 = x0.clamp(-1, 1)
+            eps = convert(x0, x, t, schedule, source="x0", target="eps")
+        if callback is not None:
+            callback(SamplerStep(i, x, x0, schedule.sigma[t]))
+        before = schedule.abar[t - stride] if t >= stride else schedule.abar.new_ones(())
+        variance = eta**2 * (1 - before) / (1 - schedule.abar[t]) * (1 - schedule.abar[t] / before)
+        x = expand(before.sqrt(), ..., x) * x0 + expand((1 - before - variance).clamp(min=0).sqrt(), ..., x) * eps  # type: ignore[arg-type]
+        if eta and t >= stride:
+            x = x + expand(variance.sqrt(), ..., x) * _draw(x, noise, i, generator)  # type: ignore[arg-type]
+    return x
+
+
+def sample_euler(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    steps: int | None = None,
+    churn: float = 0.0,
+    noise: Tensor | None = None,
+    callback: Callback | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Euler's rule on the probability flow, one network call a step; arguments as `sample_heun`."""
+    return _integrate(model, x, sigmas, steps, churn, noise, callback, generator, heun=False)
+
+
+def sample_heun(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    steps: int | None = None,
+    churn: float = 0.0,
+    noise: Tensor | None = None,
+    callback: Callback | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Heun's rule on the probability flow (second order), two network calls a step but one in the last.
+
+    Args:
+        model: D, called as `model(x, sigma)` with a scalar sigma; gives the clean picture.
+        x: `[B, ...]`, noise of standard deviation `sigmas[0]`.
+        sigmas: `[n + 1]`, falling, ends with 0 (see `edm_sigmas`).
+        steps: how many of the n steps to take; None: all.
+        churn: noise that is added again on the way (S_churn); 0: deterministic.
+        noise: `[n, B, ...]`, the added noise of each step instead of drawing it.
+        callback: told of every step before its update.
+        generator: source of the draws.
+
+    Returns:
+        Like `x`.
+    """
+    return _integrate(model, x, sigmas, steps, churn, noise, callback, generator, heun=True)
+
+
+@torch.no_grad()
+def _integrate(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    steps: int | None,
+    churn: float,
+    noise: Tensor | None,
+    callback: Callback | None,
+    generator: torch.Generator | None,
+    *,
+    heun: bool,
+) -> Tensor:
+    n = len(sigmas) - 1
+    sigmas = sigmas.to(x)
+    for i in range(n if steps is None else min(steps, n)):
+        sigma, following = sigmas[i], sigmas[i + 1]
+        if churn:
+            raised = sigma * (1 + min(churn / n, 2**0.5 - 1))
+            x = x + (raised.square() - sigma.square()).sqrt() * _draw(x, noise, i, generator)
+            sigma = raised
+        x0 = model(x, sigma)
+        if callback is not None:
+            callback(SamplerStep(i, x, x0, sigma))
+        slope = (x - x0) / sigma
+        moved = x + (following - sigma) * slope
+        if heun and i < n - 1:
+            slope = (slope + (moved - model(moved, following)) / following) / 2
+            moved = x + (following - sigma) * slope
+        x = moved
+    return x
+
+
+def _draw(x: Tensor, noise: Tensor | None, i: int, generator: torch.Generator | None) -> Tensor:
+    if noise is not None:
+        return noise[i].to(x)
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

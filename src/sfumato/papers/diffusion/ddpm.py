@@ -1,0 +1,119 @@
+"""A denoising diffusion model of pictures: the base of the diffusion papers.
+
+    L = mean |f(x_t, t) - eps|²,    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,    t ~ U{0, ..., T - 1}
+
+on pictures in [-1, 1]. Samples are drawn with the moving average of the weights, by DDIM (or DDPM: eta = 1, all times).
+
+Source: Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020 (arXiv 2006.11239).
+
+>>> from sfumato.papers.diffusion.ddpm import DDPM
+>>> method = DDPM(DDPM.Config.small(channels=1, width=8, sample_steps=2))
+>>> method.sample(3).shape
+torch.Size([3, 1, 8, 8])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from typing_extensions import Self
+
+from sfumato.data.batch import Batch, Facts
+from sfumato.diffusion import Schedule, beta_schedule, denoising_loss, sample_ddim, uniform_t
+from sfumato.errors import BadData
+from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
+from sfumato.nn import small_unet
+from sfumato.optim import EMA
+
+
+class DDPM(Method):
+    """Ho et al. 2020. Trains on pictures of one size, draws new ones."""
+
+    class Config(MethodConfig):
+        """Defaults: the paper's, for CIFAR-10."""
+
+        steps: int = Field(800_000, gt=0, description="optimizer steps")
+        batch_size: int = Field(128, gt=0, description="pictures a step")
+        clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; None: no clipping")
+        channels: int | None = Field(None, gt=0, description="channels of a picture; None: those of the data")
+        image_size: int | None = Field(None, gt=0, description="side of a picture in pixels; None: that of the data, else 32")
+        width: int = Field(128, gt=0, description="channels at full resolution; a multiple of 8")
+        mults: tuple[int, ...] = Field((1, 2, 2, 2), description="channels at each resolution, in multiples of width")
+        attn_at: tuple[int, ...] = Field((1,), description="levels with self-attention; 0: full resolution")
+        layers: int = Field(2, gt=0, description="residual blocks a level")
+        dropout: float = Field(0.1, ge=0, lt=1, description="dropout inside the residual blocks")
+        schedule: Literal["linear", "scaled_linear", "cosine"] = Field("linear", description="how the noise grows")
+        times: int = Field(1000, gt=1, description="noise levels (T)")
+        predict: Literal["eps", "x0", "v"] = Field("eps", description="what the network predicts")
+        lr: float = Field(2e-4, gt=0, description="Adam's learning rate")
+        ema: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights that samples are drawn with")
+        sample_steps: int = Field(50, gt=0, description="network calls for a sample")
+        eta: float = Field(0.0, ge=0, le=1, description="noise while sampling; 0: DDIM, 1: ancestral")
+
+        @classmethod
+        def small(cls, **over: Any) -> Self:
+            """8 x 8 digits on two cores in minutes."""
+            small = {
+                "steps": 1500, "batch_size": 64, "image_size": 8, "width": 32, "mults": (1, 2), "attn_at": (), "layers": 1,
+                "dropout": 0.0, "lr": 1e-3, "ema": 0.995,
+            }  # fmt: skip
+            return cls(**{**small, **over})
+
+        def fitted(self, facts: Facts) -> Self:
+            """Channels and size from the data."""
+            config = super().fitted(facts)
+            side = facts.size[0] if facts.size else 32
+            return type(config).model_validate({**config.model_dump(), "image_size": config.image_size or side})
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        c = self.config
+        self.schedule = Schedule(beta_schedule(c.schedule, c.times))
+        self.shape = (c.channels or 3, c.image_size or 32, c.image_size or 32)
+        self.net = small_unet(
+            self.shape[1], self.shape[0], width=c.width, mults=c.mults, attn_at=c.attn_at, layers=c.layers, dropout=c.dropout
+        )
+        self.average = EMA(self.net, decay=c.ema, warmup=True)
+
+    def loss(self, batch: Batch, ctx: Context) -> Loss:
+        """The error of the prediction at one random time a picture.
+
+        Raises:
+            BadData: pictures of another size.
+        """
+        if batch.x.shape[1:] != self.shape:
+            side = tuple(batch.x.shape[1:])
+            raise BadData(f"pictures are {side}, the network takes {self.shape}: set image_size and channels, or resize them")
+        x0 = 2 * batch.x - 1
+        t = uniform_t(len(batch), len(self.schedule), generator=ctx.generator).to(x0.device)
+        noise = torch.randn(x0.shape, generator=ctx.generator, device=x0.device, dtype=x0.dtype)
+        value = denoising_loss(lambda x, t: self.net(x, t).sample, x0, t, noise, self.schedule, predict=self.config.predict)
+        return Loss(value, len(batch))
+
+    def steps(self, ctx: Context) -> Generator[Step, Result, None]:
+        """One step; then the average follows."""
+        yield Step("net", (self.loss,))
+        self.average.update(self.net)
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Adam, as in the paper."""
+        return {"net": torch.optim.Adam(self.net.parameters(), self.config.lr)}
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw `n` new pictures: `[n, C, H, W]` in [0, 1]."""
+        device = generator.device if generator is not None else self.device
+        x = torch.randn((n, *self.shape), generator=generator, device=device).to(self.device)
+        c = self.config
+        drawn = sample_ddim(
+            lambda x, t: self.average(x, t).sample, x, self.schedule, steps=min(c.sample_steps, c.times), eta=c.eta,
+            predict=c.predict, clip=True, generator=generator,
+        )  # fmt: skip
+        return (drawn + 1).div(2).clamp(0, 1)
+
+    def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures of the data, and as many new ones."""
+        return {"data": batch.x, "samples": self.sample(len(batch.x), generator)}

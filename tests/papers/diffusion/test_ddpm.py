@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from sfumato.data import Batch, digits
+from sfumato.engine import fit
+from sfumato.errors import BadData
+from sfumato.method import Context, Sampler
+from sfumato.papers.diffusion.ddpm import DDPM
+
+
+def _small(**over):
+    torch.manual_seed(0)
+    return DDPM(DDPM.Config.small(**{"channels": 1, "width": 16, "batch_size": 32, "sample_steps": 10, **over}))
+
+
+def test_learns_and_samples_look_more_like_the_data():
+    data = digits()[0]
+    x = data.x[:512]
+    method = _small(ema=0.9)
+
+    def gap(m):
+        return (m.sample(64, torch.Generator().manual_seed(3)).mean(0) - x.mean(0)).abs().mean()
+
+    before = gap(method)
+    trained = fit(method, x, steps=80, progress=False)
+    assert isinstance(trained, Sampler)
+    assert trained.average.updates == 80
+    assert gap(trained) < 0.7 * before
+
+
+def test_saved_and_loaded_it_draws_the_same():
+    method, other = _small(), _small()
+    with torch.no_grad():
+        for p in method.average.parameters():
+            p.add_(0.01)
+    a = method.sample(2, torch.Generator().manual_seed(0))
+    assert not torch.equal(a, other.sample(2, torch.Generator().manual_seed(0)))
+    other.load_state_dict(method.state_dict())
+    assert torch.equal(a, other.sample(2, torch.Generator().manual_seed(0)))
+    assert 0 <= a.min() <= a.max() <= 1
+
+
+def test_the_loss_repeats_with_its_generator_and_refuses_other_sizes():
+    method, batch = _small(), Batch(torch.rand(4, 1, 8, 8), torch.arange(4))
+    a, b = (method.loss(batch, Context(0, 10, 0, torch.Generator().manual_seed(s))).value for s in (1, 1))
+    assert torch.equal(a, b)
+    with pytest.raises(BadData, match="image_size"):
+        method.loss(Batch(torch.rand(4, 1, 9, 9), torch.arange(4)), Context(0, 10, 0, torch.Generator()))
