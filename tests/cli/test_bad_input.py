@@ -233,3 +233,8 @@ def test_apply_never_overwrites_its_input(sfumato, tmp_path, trained):
     refused(sfumato("apply", trained, "none.png", "-o", "out"), "none.png")
     picture(tmp_path / "a.png")
     refused(sfumato("apply", trained, "a.png", "-o", "out", "--do", "restore"), "cannot restore", "encode")
+
+
+def test_a_run_that_cannot_sample(sfumato, trained):
+    refused(sfumato("sample", trained, "-o", "grid.png"), "cannot sample", "encode")
+    refused(sfumato("sample", trained, "-n", "0", "-o", "grid.png"), "1 or more")

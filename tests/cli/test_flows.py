@@ -177,3 +177,20 @@ def test_every_command_has_help_with_examples(sfumato):
         done = sfumato(command, "--help")
         assert done.code == 0
         assert "Examples" in done.out, command
+
+
+def test_draw_new_pictures(sfumato, tmp_path, my_photos):
+    """Photographs of unlike sizes train it; a seed draws the same pictures again, as a grid or as files."""
+    small = ("--set", "width=8", "--set", "image_size=16", "--set", "batch_size=4", "--set", "sample_steps=2")
+    done = sfumato("train", "ddpm", "--data", "my_photos", "--device", "cpu", "--steps", "2", *small)
+    assert done.code == 0, done.err
+    run = run_of(tmp_path, "ddpm")
+    assert f"sfumato sample {run.relative_to(tmp_path)}" in done.err
+    for name in ("a.png", "b.png"):
+        assert sfumato("sample", run, "-n", "4", "-o", name).code == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with Image.open(tmp_path / "a.png") as grid:
+        assert grid.size == (2 * 18 + 2, 2 * 18 + 2)
+    assert sfumato("sample", run, "-n", "3", "-o", "drawn").code == 0
+    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["0.png", "1.png", "2.png"]
+    assert "no picture" in sfumato("sample", run, "-o", "grid.txt").err

@@ -183,6 +183,26 @@ def apply(
 @app.command(
     rich_help_panel=RUNNING,
     epilog=examples(
+        "sfumato sample runs/ddpm/STAMP -n 64 -o grid.png",
+        "sfumato sample runs/ddpm/STAMP -n 1000 -o drawn/ --seed 7  # one file each",
+    ),
+)
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A picture (a grid), or a folder (one file each).")],
+    count: Annotated[int, typer.Option("--count", "-n", help="How many.")] = 16,
+    seed: Annotated[int, typer.Option("--seed", help="Of the noise they are drawn from.")] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Draw new pictures with a trained run."""
+    from sfumato.cli import sample as work
+
+    work.sample(run, count, out, seed=seed, device=device)
+
+
+@app.command(
+    rich_help_panel=RUNNING,
+    epilog=examples(
         "sfumato export runs/colormae/STAMP --timm vit.safetensors", "sfumato export runs/cbsn/STAMP --weights w.safetensors"
     ),
 )

@@ -23,7 +23,7 @@ from sfumato.data import Facts, open_data
 from sfumato.engine import Options, Run, Trainer, build, initialise, load, rebuild
 from sfumato.engine.checkpoint import peek
 from sfumato.errors import BadCheckpoint, BadSetting
-from sfumato.method import Method
+from sfumato.method import Method, capabilities
 
 
 def train(
@@ -126,7 +126,8 @@ def work(run: Run, method: Method, images: Any, config: dict[str, Any], main: bo
     for name, value in last.get("eval", {}).items():
         say(f"{name}: {value:.4g}")
     say(f"{run.path}  ({last['step']} steps, {last['seconds']:.0f} s)\nreport: {page}")
-    hint(f"next: sfumato apply {run.path} PICTURE... -o OUT")
+    draws = next(iter(capabilities(method)), None) == "sample"
+    hint(f"next: sfumato sample {run.path} -n 64 -o grid.png" if draws else f"next: sfumato apply {run.path} PICTURE... -o OUT")
     return run.path
 
 

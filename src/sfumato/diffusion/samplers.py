@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.predictions import convert
-from sfumato.diffusion.schedules import Schedule, expand
+from sfumato.diffusion.schedules import Schedule
 from sfumato.errors import BadSetting
 
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -112,9 +112,9 @@ def sample_ddim(
             callback(SamplerStep(i, x, x0, schedule.sigma[t]))
         before = schedule.abar[t - stride] if t >= stride else schedule.abar.new_ones(())
         variance = eta**2 * (1 - before) / (1 - schedule.abar[t]) * (1 - schedule.abar[t] / before)
-        x = expand(before.sqrt(), ..., x) * x0 + expand((1 - before - variance).clamp(min=0).sqrt(), ..., x) * eps  # type: ignore[arg-type]
+        x = before.sqrt().to(x) * x0 + (1 - before - variance).clamp(min=0).sqrt().to(x) * eps
         if eta and t >= stride:
-            x = x + expand(variance.sqrt(), ..., x) * _draw(x, noise, i, generator)  # type: ignore[arg-type]
+            x = x + variance.sqrt().to(x) * _draw(x, noise, i, generator)
     return x
 
 

@@ -10,7 +10,7 @@ from sfumato.papers.diffusion.ddpm import DDPM
 
 def _small(**over):
     torch.manual_seed(0)
-    return DDPM(DDPM.Config.small(**{"channels": 1, "width": 16, "batch_size": 32, "sample_steps": 10, **over}))
+    return DDPM(DDPM.Config.small(**{"image_size": 8, "channels": 1, "width": 16, "batch_size": 32, "sample_steps": 10, **over}))
 
 
 def test_learns_and_samples_look_more_like_the_data():

@@ -316,7 +316,8 @@ _ARMS: dict[str, dict[str, Any]] = {
     Better("PSNR", "BSN, white noise", over="noisy, white noise", by=1.5),
     seeds=range(100, 105),
     note="Four grey photographs, noise 0.15 filtered with [1 2 1] x [1 2 1]; trained on the noisy photographs that are restored. "
-    "The last condition is a check of the baseline: without correlation it must work.",
+    "The last condition is a check of the baseline: without correlation it must work. The close one is PD read out blindly at "
+    "stride 2, AP-BSN's own way: 21.0 dB on average, where C-BSN has 21.1.",
 )
 def correlated_noise_claim(lab: Lab) -> Figures:
     """Three nets of one architecture and one budget, read out in every way that the paper discusses."""
