@@ -90,6 +90,13 @@ def test_other_words(sfumato):
     refused(sfumato(*SMALL_RUN, "--accumulate", "3"), "multiple of 3")
     refused(sfumato(*[w if w != "cpu" else "cuda:7" for w in SMALL_RUN]), "cuda:7")
     refused(sfumato(*SMALL_RUN, "--preset", "huge"), "paper")
+    refused(sfumato(*SMALL_RUN, "--track", "paper"), "tensorboard")
+
+
+def test_a_tracker_that_is_not_installed(sfumato, tmp_path, monkeypatch):
+    monkeypatch.setattr("sfumato.engine.loop.find_spec", lambda name: None)
+    refused(sfumato(*SMALL_RUN, "--track", "mlflow"), "pip install", "track")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_places(sfumato, tmp_path):

@@ -145,6 +145,12 @@ def test_commands_in_the_docs_are_commands(where, line):
                 assert name == "SLUG" or catalogue.find(name)
 
 
+def test_the_verdicts_in_the_readme_are_those_of_the_records():
+    told = set(re.findall(r"^\| `([\w-]+)`: (.*) \| ([a-z ]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
+    stored = {row.slug: catalogue.record(row.slug) for row in BUILT}
+    assert told == {(slug, c["statement"], c["verdict"]) for slug, r in stored.items() if r for c in r["claims"]}
+
+
 @pytest.mark.parametrize("page", ["docs/index.md", "docs/tasks.md", "README.md"])
 def test_python_in_the_docs_runs(page, tmp_path, monkeypatch):
     import numpy as np

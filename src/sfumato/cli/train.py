@@ -44,7 +44,7 @@ def train(
         raise BadSetting("give --steps or --minutes, not both")
     if (steps is not None and steps < 1) or (minutes is not None and minutes <= 0):
         raise BadSetting("--steps and --minutes are positive")
-    kind = catalogue.load_method(slug)
+    kind, checked = catalogue.load_method(slug), Options(**options)
     chosen = parse_settings(settings)
     if steps is not None:
         chosen["steps"] = steps
@@ -62,7 +62,7 @@ def train(
         "version": version("sfumato"),
     }
     if dry_run:
-        rehearse(method, images, Options(**options), minutes)
+        rehearse(method, images, checked, minutes)
         return None
     say(resolved_line(config))
     with several_processes(options["device"]) as (main, share):

@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -40,7 +41,7 @@ from sfumato.engine.progress import Progress
 from sfumato.engine.randomness import key, seed_everything
 from sfumato.engine.run_folder import Run
 from sfumato.engine.stream import Stream, stream, stream_loader
-from sfumato.errors import BadCheckpoint, Diverged, Interrupted, SfumatoError
+from sfumato.errors import BadCheckpoint, BadSetting, Diverged, Interrupted, MissingExtra, SfumatoError
 from sfumato.method import Batch, Context, Method, Result
 
 
@@ -71,6 +72,21 @@ class Options:
     save_every: int | None = None
     keep: int = 2
     track: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise BadSetting(f"precision {self.precision!r} is not known: fp32 or bf16 (fp16's scaler refuses closures)")
+        if self.track is None:
+            return
+        if self.track not in TRACKERS:
+            raise BadSetting(f"tracker {self.track!r} is not known: {', '.join(TRACKERS)}")
+        if find_spec(self.track) is None:
+            raise MissingExtra(f"{self.track} is not installed: pip install {TRACKERS[self.track]}")
+
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16"}
+TRACKERS = {"tensorboard": "'sfumato[track]'", "mlflow": "'sfumato[track]'", "wandb": "wandb"}
+"""What can be logged to, and what brings it."""
 
 
 def fit(
@@ -380,9 +396,6 @@ def accelerator(options: Options, run: Run | None = None) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
 
-    precision = {"fp32": "no", "bf16": "bf16"}.get(options.precision)
-    if precision is None:
-        raise SfumatoError(f"precision {options.precision!r} is not known: fp32 or bf16 (fp16's scaler refuses closures)")
     cpu = options.device == "cpu"
     if AcceleratorState._shared_state and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -391,7 +404,7 @@ def accelerator(options: Options, run: Run | None = None) -> Any:
         if not available or torch.device(options.device).type != available.type:
             raise SfumatoError(f"device {options.device!r} is not available here; `sfumato doctor` says what is")
     logger = {"log_with": options.track, "project_dir": str(run.path)} if options.track and run else {}
-    acc = Accelerator(cpu=cpu, mixed_precision=precision, **logger)
+    acc = Accelerator(cpu=cpu, mixed_precision=PRECISIONS[options.precision], **logger)
     assert PartialState._shared_state
     if options.track:
         acc.init_trackers("sfumato", config={k: str(v) for k, v in asdict(options).items()})
