@@ -1,3 +1,13 @@
+from .boundary import FreeTilt as FreeTilt
+from .boundary import LocalGeometry as LocalGeometry
+from .boundary import TiltingPlane as TiltingPlane
+from .boundary import adversarial_distance as adversarial_distance
+from .boundary import adversarial_strength as adversarial_strength
+from .boundary import deviation_angle as deviation_angle
+from .boundary import free_tilt as free_tilt
+from .boundary import local_geometry as local_geometry
+from .boundary import tilt as tilt
+from .boundary import tilting_plane as tilting_plane
 from .denoisers import blindness as blindness
 from .denoisers import noise_autocorrelation as noise_autocorrelation
 from .evaluation import TokenScores as TokenScores
