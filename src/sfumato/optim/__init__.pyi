@@ -1,6 +1,8 @@
 from .adahessian import AdaHessian as AdaHessian
 from .adahessian import spatial_average as spatial_average
 from .ema import EMA as EMA
+from .gradient_norm import SurrogateSharpness as SurrogateSharpness
+from .gradient_norm import gradient_norm_penalty as gradient_norm_penalty
 from .lr_scaling import lr_for_batch as lr_for_batch
 from .lr_scaling import polyak_heavy_ball as polyak_heavy_ball
 from .schedules import cosine_warmup as cosine_warmup
