@@ -8,6 +8,15 @@ from .boundary import free_tilt as free_tilt
 from .boundary import local_geometry as local_geometry
 from .boundary import tilt as tilt
 from .boundary import tilting_plane as tilting_plane
+from .collapse import GOF as GOF
+from .collapse import ClassStats as ClassStats
+from .collapse import class_stats as class_stats
+from .collapse import gof_spectrum as gof_spectrum
+from .collapse import minority_threshold as minority_threshold
+from .collapse import nc1 as nc1
+from .collapse import nc2 as nc2
+from .collapse import nc3 as nc3
+from .collapse import self_duality as self_duality
 from .denoisers import blindness as blindness
 from .denoisers import noise_autocorrelation as noise_autocorrelation
 from .evaluation import TokenScores as TokenScores
