@@ -20,6 +20,7 @@ from .phase_batches import subsample as subsample
 from .pixel_head import PixelShuffleHead as PixelShuffleHead
 from .positions import RelativePositionBias as RelativePositionBias
 from .positions import sincos_2d as sincos_2d
+from .psd_sqrt import psd_power as psd_power
 from .unet import small_unet as small_unet
 from .unet import unet_decode as unet_decode
 from .unet import unet_encode as unet_encode
