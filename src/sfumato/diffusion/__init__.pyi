@@ -16,3 +16,5 @@ from .time_samplers import sqrt_uniform_sigma as sqrt_uniform_sigma
 from .time_samplers import uniform_t as uniform_t
 from .training import EDMPrecond as EDMPrecond
 from .training import denoising_loss as denoising_loss
+from .trajectory import X0Variance as X0Variance
+from .trajectory import filter_by_variance as filter_by_variance

@@ -108,7 +108,8 @@ def unet_encode(unet: Any, x: Tensor, t: Tensor, *, cond: Tensor | None = None) 
     if attends:
         temb = temb if unet.time_embed_act is None else unet.time_embed_act(temb)
     elif unet.class_embedding is not None:
-        temb = temb + unet.class_embedding(cond).to(unet.dtype)
+        labels = unet.time_proj(cond) if unet.config.class_embed_type == "timestep" else cond
+        temb = temb + unet.class_embedding(labels).to(unet.dtype)
     h = unet.conv_in(2 * x - 1 if unet.config.center_input_sample else x)
     skips: tuple[Tensor, ...] = (h,)
     for block in unet.down_blocks:
