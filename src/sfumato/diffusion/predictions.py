@@ -105,8 +105,8 @@ def as_denoiser(
         else:
             out = model(x_t, t)
         out = out if isinstance(out, Tensor) else out.sample
-        kinds = ("x0" if kind == "D" else kind for kind in (source, face))
-        return convert(out, x_t, t, tables, source=next(kinds), target=next(kinds))
+        given, wanted = ("x0" if kind == "D" else kind for kind in (source, face))
+        return convert(out, x_t, t, tables, source=given, target=wanted)
 
     def at_level(x: Tensor, sigma: Tensor) -> Tensor:
         levels = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).expand(len(x))

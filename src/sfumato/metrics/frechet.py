@@ -17,7 +17,7 @@ tensor(11.)
 >>> stats = GaussianStats()
 >>> for part in a.split(100):
 ...     stats.update(part)
->>> stats.compute().count, round(frechet_features(a, a + 1).item(), 4)
+>>> stats.compute().n, round(frechet_features(a, a + 1).item(), 4)
 (1000, 2.0)
 """
 
@@ -37,11 +37,11 @@ _PATCHES = 1 << 16  # patches taken at once: 75 numbers each in float64 are 40 M
 
 
 class Moments(NamedTuple):
-    """Mean `[D]` and covariance `[D, D]` (unbiased) in float64, and of how many rows."""
+    """Mean `[D]` and covariance `[D, D]` (unbiased) in float64, of n rows."""
 
     mean: Tensor
     cov: Tensor
-    count: int
+    n: int
 
 
 class GaussianStats:
@@ -147,9 +147,7 @@ def frechet_features(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.shape[1:] != b.shape[1:]:
         raise BadData(f"features of shapes {list(a.shape[1:])} and {list(b.shape[1:])} cannot be compared")
-    moments = []
-    for rows in (a, b):
-        stats = GaussianStats()
-        stats.update(rows)
-        moments += stats.compute()[:2]
-    return frechet_distance(*moments).to(a.dtype)
+    first, second = GaussianStats(), GaussianStats()
+    first.update(a)
+    second.update(b)
+    return frechet_distance(*first.compute()[:2], *second.compute()[:2]).to(a.dtype)
