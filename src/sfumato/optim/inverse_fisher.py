@@ -129,13 +129,15 @@ class StaticInverseFisher:
         Raises:
             BadData: an index outside 0 to d − 1.
         """
-        i, j = torch.broadcast_tensors(*(torch.as_tensor(index, device=self._root.device) for index in (i, j)))
-        if i.numel() and not 0 <= min(int(i.min()), int(j.min())) <= max(int(i.max()), int(j.max())) < self.d:
+        place = self._root.device
+        row, column = torch.broadcast_tensors(torch.as_tensor(i, device=place), torch.as_tensor(j, device=place))
+        both = torch.stack([row, column])
+        if bool(((both < 0) | (both >= self.d)).any()):
             raise BadData(f"entries of a {self.d} x {self.d} matrix have indices from 0 to {self.d - 1}")
         flat, width = self._root.flatten(1), self._root.shape[-1]
-        value = self._sign * (flat[:, i] * flat[:, j]).sum(0)
-        value = torch.where(i // width == j // width, value, torch.zeros_like(value))
-        return torch.where(i == j, self._diag.flatten()[i], value)
+        value = self._sign * (flat[:, row] * flat[:, column]).sum(0)
+        value = value * (row // width == column // width)  # other blocks: 0
+        return torch.where(row == column, self._diag.flatten()[row], value)
 
 
 class SlidingInverseFisher:
@@ -205,7 +207,7 @@ class SlidingInverseFisher:
         slot, n = self.count % m, min(self.count + 1, m)
         stored = g.to(self.grads)
         with exact_arithmetic(g.device.type):
-            row = _widened_to_sum(stored)
+            row = stored.to(_sum_type(stored.dtype))
             if not bool(row.dot(row).isfinite()):
                 raise BadData("a gradient is not finite, or its squared norm overflows: it cannot enter the window")
             self.grads[slot] = stored
@@ -344,10 +346,6 @@ def _sum_type(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _widened_to_sum(t: Tensor) -> Tensor:
-    return t.to(_sum_type(t.dtype))
-
-
 def _check_damp(damp: float) -> None:
     if not damp > 0:
         raise BadSetting(f"damp={damp} must be positive: without it the matrix of few gradients has no inverse")
@@ -363,7 +361,7 @@ def _window(m: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if needed > free:
         raise BadSetting(
             f"a window of {m:,} gradients of {d:,} weights takes {needed:,} bytes as {str(dtype).removeprefix('torch.')}, "
-            f"and {free:,} are free on {device}: keep fewer gradients, or store them as bfloat16"
+            f"and {free:,} are free on {device}: keep fewer (ngrads), or store them as bfloat16"
         )
     return torch.zeros(m, d, dtype=dtype, device=device)
 

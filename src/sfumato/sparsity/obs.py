@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -169,10 +169,11 @@ class MFACPruner:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """At least `ngrads` batches: every round through the data gives one or more."""
-        data = self.data
-        drawn = isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
         for _ in range(self.ngrads):
-            yield from self._drawn(*data) if drawn else data
+            if isinstance(self.data, tuple) and isinstance(self.data[0], Tensor):
+                yield from self._drawn(*self.data)
+            else:
+                yield from cast(Iterable[tuple[Tensor, Tensor]], self.data)
         raise BadData("no batch to take a gradient of: the data is empty, or an iterator that has ended")
 
     def _drawn(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

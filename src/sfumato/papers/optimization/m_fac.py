@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.data.samples import digits
-from sfumato.optim.inverse_fisher import SlidingInverseFisher, StaticInverseFisher
+from sfumato.optim.inverse_fisher import SlidingInverseFisher, Solver, StaticInverseFisher
 from sfumato.papers.optimization.classifier import Classifier, Network
 from sfumato.sparsity.obs import MFACPruner, obs_prune
 
@@ -67,6 +67,7 @@ def pruned_accuracy(lab: Lab) -> dict[str, dict[float, float]]:
     """Test accuracy on 597 digits, by way of pruning and sparsity; sparsity 0 is the network as trained."""
     train, test = digits(train=1200, seed=lab.seed)
     dense: Classifier = lab.fit(small_classifier(lab.seed), train, steps=lab.steps(570))
+    assert train.label is not None
     samples = dense.prepare(train.x), train.label
     settings: dict[str, Any] = {"ngrads": NGRADS, "batch": BATCH, "recomputations": lab.steps(RECOMPUTATIONS)}
     found: dict[str, dict[float, float]] = {}
@@ -151,8 +152,9 @@ def exact(lab: Lab) -> Figures:
     blocks = torch.linalg.inv(fisher * (place[:, None] == place))
     ours = StaticInverseFisher(grads[m:], damp=damp, block=50)
     sliding = []
-    for solver in ("woodbury", "sequential"):
-        window = SlidingInverseFisher(m, d, damp=damp, solver=solver, dtype=torch.float64)  # type: ignore[arg-type]
+    solvers: tuple[Solver, ...] = ("woodbury", "sequential")
+    for solver in solvers:
+        window = SlidingInverseFisher(m, d, damp=damp, solver=solver, dtype=torch.float64)
         updates = [window.update_mul(g) for g in grads]
         sliding += [worst(updates[-1], dense @ grads[-1]), worst(window.mul(x), dense @ x)]
         half = grads[: m // 2]
