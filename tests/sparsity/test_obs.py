@@ -151,6 +151,14 @@ def test_training_between_steps_keeps_the_zeros(way):
     assert torch.equal(net[5].weight == 0, pruner.removed["5.weight"])
 
 
+def test_a_share_that_is_no_whole_number_of_weights_is_reached_for_good():
+    net = nn.Linear(3, 1, bias=False)
+    pruner = MFACPruner(net, None, F.mse_loss, (torch.randn(8, 3), torch.randn(8, 1)), ngrads=2, batch=4)
+    first = pruner.step(0.5)["weight"]
+    assert pruner.sparsity in (1 / 3, 2 / 3)
+    assert torch.equal(pruner.step(0.5)["weight"], first)
+
+
 def test_draws_follow_the_generator():
     ends = []
     for seed in (0, 0, 1):

@@ -32,6 +32,8 @@ Solver = Literal["woodbury", "sequential"]
 _AT_ONCE = 2**22
 """Numbers that are worked on at once where a wider type or another device is needed."""
 
+_NOT_FINITE = "a gradient is not finite, or its squared norm overflows"
+
 
 class StaticInverseFisher:
     """F⁻¹ for given gradients, whole or block by block along the diagonal.
@@ -79,6 +81,8 @@ class StaticInverseFisher:
                 part = part.unflatten(1, (-1, width)).transpose(0, 1)  # [blocks, m, width]
                 fill = self._fill_narrow if narrow else self._fill_wide
                 fill(part, self._root[:, here].transpose(0, 1), self._diag[here])
+        if not bool(self._diag.isfinite().all()):
+            raise BadData(_NOT_FINITE)
 
     def _fill_narrow(self, grads: Tensor, root: Tensor, diag: Tensor) -> None:
         """Blocks `[n, m, width]` with width ≤ m: the inverse of the block's own Cholesky factor."""
@@ -206,10 +210,10 @@ class SlidingInverseFisher:
             raise BadData(f"the window holds gradients of {d} weights, not {tuple(g.shape)}")
         slot, n = self.count % m, min(self.count + 1, m)
         stored = g.to(self.grads)
-        with exact_arithmetic(g.device.type):
+        with exact_arithmetic(self.grads.device.type):
             row = stored.to(_sum_type(stored.dtype))
             if not bool(row.dot(row).isfinite()):
-                raise BadData("a gradient is not finite, or its squared norm overflows: it cannot enter the window")
+                raise BadData(_NOT_FINITE)
             self.grads[slot] = stored
             products = _times(self.grads[:n], row).to(self.gram)
         self.gram[slot, :n] = products
@@ -252,7 +256,7 @@ class SlidingInverseFisher:
         """
         self.update(g)
         m = len(self.grads)
-        with exact_arithmetic(g.device.type):
+        with exact_arithmetic(self.grads.device.type):
             latest = torch.zeros(min(self.count, m), dtype=self.gram.dtype, device=self.gram.device)
             latest[(self.count - 1) % m] = m
             total = _sum_type(self.grads.dtype)
@@ -268,7 +272,7 @@ class SlidingInverseFisher:
         if self._factored is None:
             self._factored = _factor(gram, shift)
         pivots = self._factored.diagonal().square()
-        if bool(pivots.min() < resolution * pivots.max()):
+        if resolution and bool(pivots.min() < resolution * pivots.max()):
             values, vectors = torch.linalg.eigh(gram)
             kept = values > resolution * values[-1]
             basis = vectors[:, kept]
@@ -293,12 +297,12 @@ def _factor(gram: Tensor, shift: float) -> Tensor:
 
     A Gram matrix of float32 gradients is off by 1e-7 of its size, which can be more than `shift`.
     """
-    if not bool(gram.isfinite().all()):
-        raise BadData("a gradient is not finite, or its squared norm overflows")
     shifted = gram.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
     factor, failed = torch.linalg.cholesky_ex(shifted)
     if bool(failed.any()):
+        if not bool(gram.isfinite().all()):
+            raise BadData(_NOT_FINITE)
         values, vectors = torch.linalg.eigh(gram)
         least = values[..., -1:] * torch.finfo(gram.dtype).eps * len(gram[0])
         values = (values.clamp_min(0) + shift).maximum(least)

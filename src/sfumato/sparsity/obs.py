@@ -135,7 +135,8 @@ class MFACPruner:
             BadData: a gradient is not finite.
         """
         start = self.sparsity
-        if not start <= to_sparsity < 1:
+        half_a_weight = 0.5 / sum(w.numel() for w in self._weights.values())
+        if not start - half_a_weight <= to_sparsity < 1:
             raise BadSetting(f"to_sparsity={to_sparsity} must be at least {start:.4g}, where the network is, and below 1")
         self.enforce()
         for part in range(1, self.recomputations + 1):
