@@ -1,3 +1,5 @@
+from .at_rest import eval_mode as eval_mode
+from .at_rest import exact_arithmetic as exact_arithmetic
 from .blind_spot import CentreMaskedConv2d as CentreMaskedConv2d
 from .blind_spot import ConditionalBlindSpotNet as ConditionalBlindSpotNet
 from .flat import flatten_params as flatten_params
