@@ -1,3 +1,8 @@
+from .batch_spectrum import batch_hessians as batch_hessians
+from .batch_spectrum import effective_batch as effective_batch
+from .batch_spectrum import hessian_noise as hessian_noise
+from .batch_spectrum import max_stable_lr as max_stable_lr
+from .batch_spectrum import noise_edge as noise_edge
 from .boundary import FreeTilt as FreeTilt
 from .boundary import LocalGeometry as LocalGeometry
 from .boundary import TiltingPlane as TiltingPlane
@@ -53,5 +58,8 @@ from .paths import path_loss as path_loss
 from .per_sample import ntk as ntk
 from .per_sample import per_sample_grads as per_sample_grads
 from .permutation import match_permutation as match_permutation
+from .random_matrix import spike_overlap as spike_overlap
+from .random_matrix import spiked_wigner as spiked_wigner
+from .random_matrix import spiked_wishart as spiked_wishart
 from .stochastic_trace import Estimate as Estimate
 from .stochastic_trace import hutchinson as hutchinson
