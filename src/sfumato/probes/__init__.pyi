@@ -31,6 +31,9 @@ from .evaluation import knn_probe as knn_probe
 from .evaluation import layer_probe as layer_probe
 from .evaluation import linear_probe as linear_probe
 from .evaluation import token_probe as token_probe
+from .kernels import kernel_alignment as kernel_alignment
+from .kernels import kernel_regression as kernel_regression
+from .kernels import kernel_velocity as kernel_velocity
 from .krylov import Density as Density
 from .krylov import Eigenpairs as Eigenpairs
 from .krylov import Lanczos as Lanczos

@@ -22,7 +22,7 @@ def ball(noise=0.0, **over):
 def test_tuner_reaches_the_best_rate_of_a_quadratic():
     curvature, theta, sgd, tuner = ball(generator=torch.Generator().manual_seed(0))
     sizes = []
-    for _ in range(300):
+    for _ in range(160):
         theta.grad = curvature @ theta.detach()
         tuner.step()
         sgd.step()
@@ -30,7 +30,7 @@ def test_tuner_reaches_the_best_rate_of_a_quadratic():
     high, low = math.sqrt(50), 1.0
     assert sgd.param_groups[0]["lr"] == pytest.approx(4 / (high + low) ** 2, rel=1e-6)
     assert sgd.param_groups[0]["momentum"] == pytest.approx(((high - low) / (high + low)) ** 2, rel=1e-6)
-    rate = math.exp((sizes[299] - sizes[149]) / 150)
+    rate = math.exp((sizes[159] - sizes[79]) / 80)
     assert rate == pytest.approx((high - low) / (high + low), rel=0.02)
 
 
@@ -39,8 +39,8 @@ def test_tuner_smooths_corrects_for_noise_and_caps():
     tuner.step(scale=0.5)
     top = float(spiked_wigner(torch.tensor(50.0), 500.0))
     assert (tuner.lam_max, tuner.lam_min) == pytest.approx((top, 1.0))
-    assert sgd.param_groups[0]["lr"] == pytest.approx(2 / (math.sqrt(top) + 1) ** 2)
-    assert sgd.param_groups[0]["momentum"] == 0.3
+    assert sgd.param_groups[0]["momentum"] == pytest.approx(0.3)
+    assert sgd.param_groups[0]["lr"] == pytest.approx(0.5 * (1 + math.sqrt(0.3)) ** 2 / top)  # half of the fastest with 0.3
     curvature.mul_(2)
     for _ in range(49):
         tuner.step()
@@ -63,16 +63,16 @@ def test_tuner_leaves_the_optimizer_alone_without_positive_curvature():
 def test_tuner_trains_a_network():
     x, y = page.train_digits(0)
     model = page.network(nn.ReLU, 0)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.0)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.0)  # learns nothing by itself
     generator = torch.Generator().manual_seed(0)
-    tuner = page.LanczosTuner(sgd, lambda: HessianOperator(model, F.cross_entropy, (x, y)), every=20, generator=generator)
+    tuner = page.LanczosTuner(sgd, lambda: HessianOperator(model, F.cross_entropy, (x, y)), every=10, generator=generator)
     for _ in range(60):
         rows = torch.randint(len(x), (128,), generator=generator)
         sgd.zero_grad()
         F.cross_entropy(model(x[rows]), y[rows]).backward()
-        tuner.step()
+        tuner.step(scale=0.1)
         sgd.step()
-    assert sum((model(x).argmax(1) == y).tolist()) > 0.5 * len(x)
+    assert sum((model(x).argmax(1) == y).tolist()) > 0.7 * len(x)
 
 
 def test_tuner_refuses():
@@ -99,10 +99,8 @@ def test_theory_holds_and_can_fail(monkeypatch):
     assert judge(page.theory, [page.theory(Lab(0))]).verdict is Verdict.NOT_REPRODUCED
 
 
-def test_spectrum_and_magnitude_in_small(monkeypatch):
-    monkeypatch.setattr(page, "SAMPLED", 3)
-    lab = Lab(0)
-    figures = page.measured_spectrum(lab, (8, 1300))
+def test_spectrum_in_small():
+    figures = page.measured_spectrum(Lab(0), {8: 4, 1300: 1})
     assert figures["batch 8"]["largest"] > figures["full"]["largest"]
     assert figures["batch 1300"]["largest"] == pytest.approx(figures["full"]["largest"], rel=1e-3)
     assert figures["batch 1300"]["v"] < 1e-8 < figures["batch 8"]["v"]
@@ -114,11 +112,10 @@ def test_slope_is_the_power():
     assert page.slope(batches, [math.log2(3 * b**0.5) for b in batches]) == pytest.approx(0.5)
 
 
-def test_largest_rates_in_small():
-    found = page.largest_rates(Lab(0, budget=0.1), (2, 256))
-    for name, (small, large) in found.items():
-        low, high = page.OPTIMIZERS[name][1]
-        assert math.log2(low) < small < large < math.log2(high)
+def test_larger_batches_stand_larger_rates(monkeypatch):
+    monkeypatch.setattr(page, "OPTIMIZERS", {"sgd": page.OPTIMIZERS["sgd"]})
+    small, large = page.largest_rates(Lab(0), (2, 64))["sgd"]
+    assert large > small + 0.5
 
 
 def test_a_run_that_explodes_is_told_apart():
