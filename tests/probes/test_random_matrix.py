@@ -65,6 +65,6 @@ def test_covariance_of_a_sample():
 
 
 def test_refusals():
-    for wrong in (lambda: spiked_wigner(f64(1), -1.0), lambda: spike_overlap(f64(1), -1.0), lambda: spiked_wishart(f64(1), 1, -1)):
+    for fn, wrong in ((spiked_wigner, (-1.0,)), (spike_overlap, (-1.0,)), (spiked_wishart, (1.0, -1.0))):
         with pytest.raises(BadSetting, match="at least 0"):
-            wrong()
+            fn(f64(1), *wrong)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from typing_extensions import Self
@@ -44,10 +43,7 @@ class ScaledOutput(nn.Module):
     def forward(self, *inputs: Any, **keywords: Any) -> Tensor:
         """α (f(θ, x) − f(θ₀, x))."""
         out: Tensor = self.module(*inputs, **keywords)
-        if self.start is not None:
-            with torch.no_grad():
-                out = out - self.start(*inputs, **keywords)
-        return self.alpha * out
+        return self.alpha * (out if self.start is None else out - self.start(*inputs, **keywords))
 
 
 def scale_output(model: nn.Module, alpha: float, *, centre: bool = True) -> ScaledOutput:

@@ -1,6 +1,6 @@
 """How noisy the Hessian of a batch is, and how large a learning rate a training run stands.
 
-    v(B) = E ‖(H_B − H) z‖²,  z a random unit vector;      B / (1 − B/N) samples drawn without replacement count as many drawn with
+    v(B) = E ‖(H_B − H) z‖²,  z a random unit vector
 
 v is the `v` of `spiked_wigner` when the noise is the same in all directions. In small classifiers it is not: a few directions
 hold most of it, v is then small, and the noise's own largest eigenvalue (`noise_edge`) tells more.

@@ -2,8 +2,9 @@
 
     alignment  yᵀ K y / (‖K‖ ‖y‖²),     velocity  ‖K_t − K_0‖ / ‖K_0‖,     regression  K(x, X) (K(X, X) + λI)⁻¹ y
 
-Sources: Cortes, Mohri, Rostamizadeh, "Algorithms for learning kernels based on centered alignment", JMLR 2012; as measures of
-feature learning: Kumar, Bordelon, Gershman, Pehlevan, "Grokking as the Transition from Lazy to Rich Training Dynamics", ICLR 2024.
+Sources: Cortes, Mohri, Rostamizadeh, "Algorithms for learning kernels based on centered alignment", JMLR 2012; as measures
+of feature learning: Kumar, Bordelon, Gershman, Pehlevan, "Grokking as the Transition from Lazy to Rich Training Dynamics", ICLR
+2024.
 
 >>> import torch
 >>> from sfumato.probes import kernel_alignment, kernel_regression, kernel_velocity

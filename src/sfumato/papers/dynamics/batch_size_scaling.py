@@ -262,7 +262,7 @@ def spectrum(lab: Lab) -> Figures:
     "small along random directions, while the noise's own largest eigenvalue, many times 2√v, is as large as the rise.",
 )
 def magnitude(lab: Lab) -> Figures:
-    """The rise of the largest eigenvalue as the theory has it, over the measured one; beside it the edge of the noise over 2√v."""
+    """The rise of the largest eigenvalue as the theory has it, over the measured one; and the edge of the noise beside 2√v."""
     figures = measured_spectrum(lab, {16: SAMPLED[16]})
     full, batch = figures["full"], figures["batch 16"]
     share = (batch["predicted"] - full["largest"]) / (batch["largest"] - full["largest"])
@@ -301,7 +301,8 @@ def largest_rates(lab: Lab, batches: Sequence[int], steps: int = 200) -> dict[st
     for name, (kind, bracket) in OPTIMIZERS.items():
         pairs = [[search(kind, bracket, batch, start) for start in (lab.seed, 1000 + lab.seed)] for batch in batches]
         found[name] = [sum(pair) / 2 for pair in pairs]
-        lab.curve(name, [math.log2(b) for b in batches], found[name], xlabel="log2 of the batch", ylabel="log2 of the largest rate that trains")
+        x = [math.log2(b) for b in batches]
+        lab.curve(name, x, found[name], xlabel="log2 of the batch", ylabel="log2 of the largest rate that trains")
     return found
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -335,7 +336,7 @@ def draw(lab: Lab, runs: Runs, arm: int, name: str) -> None:
 
 def rising(values: Sequence[float]) -> bool:
     """Whether each value is above the one before."""
-    return all(a < b for a, b in zip(values, values[1:]))
+    return all(a < b for a, b in pairwise(values))
 
 
 ALPHAS = (1 / 16, 1 / 4, 1.0, 4.0)
@@ -355,7 +356,8 @@ LAZY = tuple(f"alpha {a:g}" for a in ALPHAS)
     seeds=range(100, 105),
     note="No weight decay, plain gradient descent, 20,000 steps at rates in proportion to 1/alpha². At this size the time to "
     "generalise stays several times the time to fit for all alphas: that grokking vanishes shows as a short delay, not as curves "
-    "that coincide. A run that has not generalised after the last step counts as if it did then.",
+    "that coincide. A run that has not generalised after the last step counts as if it did then. Weights end with "
+    "tr M = |beta|²/(alpha epsilon): they grow below alpha epsilon = 1 and shrink above, where the delay is there as well.",
 )
 def laziness(lab: Lab) -> Figures:
     """Delay, kernel movement and test loss against α, with regression by the first kernel and the linearised network."""
@@ -389,12 +391,12 @@ def alignment(lab: Lab) -> Figures:
 
 
 @claim(
-    "The test loss falls when the kernel turns to the labels, and that is after the network has fitted",
+    "From fitting on, the test loss falls as the kernel turns to the labels",
     Better("rank correlation", "test loss and alignment", over="minus nine tenths", higher=False),
-    Better("share of the turn", "when it fits", over="a fifth", higher=False),
     seeds=range(100, 105),
     note="alpha 1, epsilon 1/4. Spearman's correlation over all times from the end of fitting on, of a hundred in 10,000 steps; "
-    "the turn is from the first alignment to the last.",
+    "the turn is from the first alignment to the last. It is no clean second stage at this size: a third of it was over when the "
+    "network had fitted, on the development seeds.",
 )
 def mechanism(lab: Lab) -> Figures:
     """Alignment of the kernel with the labels along training, and the test loss."""
@@ -412,5 +414,4 @@ def mechanism(lab: Lab) -> Figures:
         "test loss and alignment": {"rank correlation": float(spearmanr(losses[late], aligned[late]).statistic)},
         "when it fits": {"share of the turn": (aligned[late][0] - aligned[0]) / (aligned[-1] - aligned[0])},
         "minus nine tenths": {"rank correlation": -0.9},
-        "a fifth": {"share of the turn": 0.2},
     }
