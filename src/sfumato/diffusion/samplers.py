@@ -114,7 +114,7 @@ def sample_ddim(
         variance = eta**2 * (1 - before) / (1 - schedule.abar[t]) * (1 - schedule.abar[t] / before)
         x = before.sqrt().to(x) * x0 + (1 - before - variance).clamp(min=0).sqrt().to(x) * eps
         if eta and t >= stride:
-            x = x + variance.sqrt().to(x) * _draw(x, noise, i, generator)
+            x = x + variance.sqrt().to(x) * draw(x, noise, i, generator)
     return x
 
 
@@ -181,7 +181,7 @@ def _integrate(
         sigma, following = sigmas[i], sigmas[i + 1]
         if churn:
             raised = sigma * (1 + min(churn / n, 2**0.5 - 1))
-            x = x + (raised.square() - sigma.square()).sqrt() * _draw(x, noise, i, generator)
+            x = x + (raised.square() - sigma.square()).sqrt() * draw(x, noise, i, generator)
             sigma = raised
         x0 = model(x, sigma)
         if callback is not None:
@@ -195,7 +195,8 @@ def _integrate(
     return x
 
 
-def _draw(x: Tensor, noise: Tensor | None, i: int, generator: torch.Generator | None) -> Tensor:
+def draw(x: Tensor, noise: Tensor | None, i: int, generator: torch.Generator | None) -> Tensor:
+    """The z of step `i`: the given one, or a fresh one like `x`."""
     if noise is not None:
         return noise[i].to(x)
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
