@@ -1,6 +1,6 @@
 """Diffusion from a clean picture to a degraded one: the residual between them and noise, each on a schedule of its own.
 
-    I_t = I_0 + abar_t I_res + bbar_t eps,    I_res = I_in - I_0,    abar_t = sum_{s <= t} alpha_s,    bbar_t² = sum_{s <= t} beta_s²
+    I_t = I_0 + abar_t I_res + bbar_t eps,  I_res = I_in - I_0,  abar_t = sum_{s <= t} alpha_s,  bbar_t² = sum_{s <= t} beta_s²
 
 abar is a sum that grows from 0 to 1 (not the product of DDPM): the chain ends at the degraded picture with noise on it. Sampling
 goes from time t to an earlier time p by
@@ -49,7 +49,7 @@ def power_schedule(kind: str, T: int = 1000, power: float = 1.0, total: float = 
         T: number of times.
         power: exponent of the first two kinds.
         total: the sum.
-        zero: whether x runs over 0, ..., 1, so that one share is 0 (the paper's generation), or over 1/T, ..., 1 (its restoration).
+        zero: whether x runs from 0 to 1, so that one share is 0 (the paper's generation), or from 1/T (its restoration).
 
     Returns:
         `[T]`, float64.
