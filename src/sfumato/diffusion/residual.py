@@ -23,6 +23,7 @@ True
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -286,7 +287,7 @@ def sample_residual(
         start = torch.randn(x_in.shape, generator=generator, device=x_in.device, dtype=x_in.dtype)
     x = x_in + schedule.beta_bar[-1].to(x_in) * start
     times = [k * T // steps - 1 for k in range(steps, -1, -1)]
-    for i, (t, p) in enumerate(zip(times, times[1:])):
+    for i, (t, p) in enumerate(pairwise(times)):
         out = model(x, torch.full((len(x),), t, device=x.device))
         said = schedule.predictions(out, x, x_in, t, objective=objective, clip=clip, clip_res=clip_res)
         if callback is not None:

@@ -473,8 +473,8 @@ _LOW_LIGHT = {"blur": 3, "gain": 0.4, "sigma": 0.05}
     Better("PSNR", "RDDM, 5 steps", over="DDIM, 5 steps", by=0.5),
     Better("PSNR", "RDDM, 5 steps", over="DDIM, 50 steps"),
     seeds=range(100, 105),
-    note="Digits of 8 x 8 pixels, blurred, darkened and noisy; the same U-Net, steps and learning rate (the best of three for all "
-    "of them). Direct regression is logged beside: it has the highest PSNR, which rewards the mean of all pictures that could "
+    note="Digits of 8 x 8 pixels, blurred, darkened and noisy; the same U-Net, steps and learning rate (the best that was tried, "
+    "for each). Direct regression is logged beside: it has the highest PSNR, which rewards the mean of all pictures that could "
     "be meant; for the same reason more steps lower the PSNR of every diffusion.",
 )
 def low_light(lab: Lab) -> Figures:
@@ -488,8 +488,8 @@ def low_light(lab: Lab) -> Figures:
 
 
 @claim(
-    "The same where neither has to predict noise: residual diffusion that predicts the residual, against diffusion from pure noise "
-    "that predicts the clean picture",
+    "The same where neither has to predict noise: residual diffusion that predicts the residual, against diffusion from pure "
+    "noise that predicts the clean picture",
     Better("PSNR", "RDDM, 5 steps", over="DDIM, 5 steps", by=0.5),
     Better("PSNR", "RDDM, 5 steps", over="DDIM, 50 steps"),
     seeds=range(100, 105),
