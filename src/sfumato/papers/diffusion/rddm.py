@@ -254,7 +254,8 @@ class RDDM(Method):
     def augment(self) -> Callable[..., Any]:
         """A random patch, mirrored half of the time; small pictures get their border repeated."""
         size = self.config.patch
-        return v2.Compose([v2.RandomCrop(size, pad_if_needed=True, padding_mode="edge"), v2.RandomHorizontalFlip()])
+        crop = v2.RandomCrop(size, pad_if_needed=True, padding_mode="edge")
+        return v2.Compose([_same_size, crop, v2.RandomHorizontalFlip()])
 
     def pair(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Clean and degraded pictures of a batch, in [0, 1]; degraded here where the batch has no pairs.
@@ -264,8 +265,7 @@ class RDDM(Method):
         """
         c = self.config
         if batch.target is not None:
-            if batch.x.shape != batch.target.shape:
-                raise BadData(f"degraded pictures are {list(batch.x.shape)}, clean ones {list(batch.target.shape)}: resize one")
+            _same_size(batch.x, batch.target)
             return batch.target, batch.x
         if not c.degrades:
             raise BadData("the batch has no target and degrade_blur, degrade_gain and degrade_sigma change nothing: set one")
@@ -347,6 +347,14 @@ def _conditioned(net: nn.Module, x_in: Tensor, *, tiled: bool = False) -> Model:
         return tiled_apply(apply, x) if tiled else apply(x)
 
     return model
+
+
+def _same_size(*sides: Tensor) -> Any:
+    """A picture, or the two of a pair, as they are: refused where their sizes differ."""
+    if len({side.shape[-2:] for side in sides}) > 1:
+        degraded, clean = (f"{side.shape[-1]}x{side.shape[-2]}" for side in sides)
+        raise BadData(f"a degraded picture has {degraded} pixels and its clean one {clean}: resize one to the other")
+    return sides if len(sides) > 1 else sides[0]
 
 
 def psnr(x: Tensor, clean: Tensor) -> Tensor:
