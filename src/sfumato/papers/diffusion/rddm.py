@@ -310,7 +310,8 @@ class RDDM(Method):
         x_in, crop = pad_to_multiple(2 * inputs - 1, self.config.stride)
         if generator is None:
             generator = torch.Generator(x_in.device).manual_seed(0)
-        restored = self._sample(_conditioned(self.average, x_in, tiled=True), x_in, steps or self.config.sample_steps, generator)
+        steps = self.config.sample_steps if steps is None else steps
+        restored = self._sample(_conditioned(self.average, x_in, tiled=True), x_in, steps, generator)
         return (restored[crop] + 1).div(2).clamp(0, 1)
 
     def _sample(self, model: Model, x_in: Tensor, steps: int, generator: torch.Generator) -> Tensor:
