@@ -5,6 +5,7 @@ from . import data as data
 from . import diffusion as diffusion
 from . import engine as engine
 from . import errors as errors
+from . import instruments as instruments
 from . import losses as losses
 from . import masks as masks
 from . import method as method
@@ -17,5 +18,6 @@ from . import report as report
 from . import sparsity as sparsity
 from .engine import fit as fit
 from .engine import load as load
+from .instruments import probe as probe
 
 __version__: str

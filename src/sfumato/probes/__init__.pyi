@@ -12,6 +12,7 @@ from .krylov import Eigenpairs as Eigenpairs
 from .krylov import Lanczos as Lanczos
 from .krylov import eigs as eigs
 from .krylov import lanczos as lanczos
+from .krylov import smoothed_spectrum as smoothed_spectrum
 from .krylov import spectral_density as spectral_density
 from .krylov import svds as svds
 from .linear_operator import LinearOperator as LinearOperator
