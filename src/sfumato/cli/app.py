@@ -258,6 +258,54 @@ def demo(
     work.demo(photo, out, pace, seed)
 
 
+@app.command(
+    rich_help_panel=RUNNING,
+    epilog=examples(
+        "sfumato probe  # the kinds; with a kind: its settings",
+        "sfumato probe curvature timm:resnet18 --data labelled/ --weights trained.safetensors --minutes 5",
+        "sfumato probe curvature mymodels:make_net --data arrays:file.npz --loss mymodels:my_loss --set operator=hessian",
+        "sfumato probe connectivity runs/classifier/A runs/classifier/B --data labelled/",
+        "sfumato probe curvature runs/mae/STAMP --data my_photos/ --json",
+    ),
+)
+def probe(
+    kind: Annotated[str | None, typer.Argument(help="What to measure; without it the kinds are listed.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="timm:NAME, module:factory, or a run folder; without it the settings are told.")
+    ] = None,
+    model_b: Annotated[str | None, typer.Argument(help="The second model, where two are compared.")] = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="Where the data is, as for train.")] = None,
+    minutes: Annotated[float, typer.Option("--minutes", "-m", help="Time to stay within, about.")] = 2.0,
+    weights: Annotated[
+        list[Path] | None, typer.Option("--weights", "-w", help="A .safetensors or .pth file; once for each model.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option("--loss", help="cross_entropy, mse or module:function (default: by the data).")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it would cost; measure nothing.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of samples, random weights and random starts.")] = 0,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where pages and numbers go.")] = Path("probed"),
+    json: AsJson = False,
+) -> None:
+    """Measure any torch or timm model, or a run."""
+    from sfumato.cli import probe as work
+
+    if kind is None:
+        return work.listing(json)
+    if model is None:
+        return work.explain(kind, json)
+    if data is None:
+        from sfumato.errors import BadSetting
+
+        raise BadSetting(f"say on what: sfumato probe {kind} {model} --data WHERE")
+    work.probe(
+        kind, model, model_b, data, minutes=minutes, settings=set_ or [], dry_run=dry_run, out=out, as_json=json,
+        weights=weights or [], loss=loss, seed=seed, device=device,
+    )  # fmt: skip
+
+
 runs_app = typer.Typer(no_args_is_help=False, invoke_without_command=True, help="List, show or remove runs.")
 app.add_typer(runs_app, name="runs", rich_help_panel=LOOKING)
 

@@ -8,6 +8,7 @@ from .pictures import save_grid as save_grid
 from .plots import curves as curves
 from .plots import picture_grid as picture_grid
 from .plots import spectrum as spectrum
+from .probe_report import write_probe_report as write_probe_report
 from .rows import bars as bars
 from .rows import dots as dots
 from .rows import intervals as intervals
