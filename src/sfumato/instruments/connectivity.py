@@ -169,8 +169,11 @@ def _findings(a: Subject, settings: Settings, lines: dict[str, dict[str, Any]], 
     sections = [Section("On the line", "A stands at 0, B at 1.", [plots])]
     if plain["layers"]:
         text = "Only this layer goes from A to B, all others stay those of A; the rise above the line between its own two ends."
-        tall = [Plot("bars", line["layers"], {"xlabel": f"barrier of the loss, {w}"}) for w, line in lines.items() if line["layers"]]
-        sections.append(Section("Layer by layer", text, tall))
+        layers = {which: line["layers"] for which, line in lines.items() if line["layers"]}
+        tall = [Plot("bars", one, {"xlabel": f"barrier of the loss, {which}"}) for which, one in layers.items()]
+        flat = max(height for one in layers.values() for height in one.values()) <= 0
+        told = f"{text} No layer alone gives a barrier." if flat else text
+        sections.append(Section("Layer by layer", told, [] if flat else [tall]))
     rows = [
         {"": w, "barrier": line["barrier"]["loss"], "at": line["at"]["loss"], "distance": line["distance"]}
         | ({"rise of the error": line["barrier"]["error"]} if classes else {})
@@ -179,7 +182,7 @@ def _findings(a: Subject, settings: Settings, lines: dict[str, dict[str, Any]], 
     sections.append(Section("Figures", None, [Table(rows, "Distance: length of the difference of all weights.")]))
     verdict = _words(lines, settings.tolerance, classes)
     if classes and a.classes and float(plain["error"][[0, -1]].min()) > 0.9 * (1 - 1 / len(a.classes)):
-        verdict += " Neither model does much better than guessing, so the line says little."
+        verdict = f"Neither model does much better than guessing, so the line says little. {verdict}"
     return Findings(dict(lines), headline, verdict, sections, notes)
 
 

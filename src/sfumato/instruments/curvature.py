@@ -79,10 +79,13 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
         steps, starts = min(settings.steps or steps, size), settings.starts or starts
         cost = sum(seconds.values()) + len(operators) * 2 * steps * dot
     notes = []
-    if settings.steps is None and room < min(MOST_STEPS, size):
+    if settings.steps is None and steps == room < min(MOST_STEPS, size):
         notes.append(f"memory holds {room} Lanczos vectors of {size:,} numbers; --set memory=GB allows more")
     products = steps * starts
-    told = {"steps": steps, "starts": starts, "products": products, "seconds a product": seconds, "dimension": size}
+    told = {
+        "steps": steps, "starts": starts, "products": products, "dimension": size, "seconds a product": seconds,
+        "GB of vectors": steps * size * probe.element_size() / 1e9,
+    }  # fmt: skip
     ticks = (products * len(operators) + 1) * len(subject.batches)
     return Plan(told, products * cost, limit, ticks, tuple(notes))
 
@@ -123,7 +126,10 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
     if not runs:
         raise Interrupted("stopped before anything was measured: the first start was not finished")
     findings = _findings({name: _summary(done, settings.top) for name, done in runs.items()}, runs, at)
+    findings.notes += subject.eval_note
     findings.notes.append("every number is an estimate from random starts; ± at a mean is its standard error over starts")
+    if all(len(done) == 1 for done in runs.values()):
+        findings.notes.append("there was time for one start only, so means have no ±: more minutes or fewer samples give more")
     if late:
         findings.notes.append("it went slower than expected: fewer starts were made than planned, to keep to the time")
     if not subject.separable:
@@ -220,7 +226,7 @@ def _summary(runs: Sequence[_Run], top: int) -> dict[str, Any]:
     used = nodes[weights > 0]
     low, high = float(used.min()), float(used.max())
     sigma = (high - low or abs(high) or 1.0) * max(0.005, 0.2 / nodes.shape[1])
-    t = torch.linspace(low - 4 * sigma, high + 4 * sigma, GRID, dtype=torch.float64)
+    t = torch.linspace(low - 8 * sigma, high + 8 * sigma, GRID, dtype=torch.float64)
     phi = smoothed_spectrum(nodes, weights, t, sigma**2)
     clearly = nodes < -NEGATIVE * max(abs(low), abs(high))
     return {
@@ -284,8 +290,8 @@ def _findings(found: dict[str, dict[str, Any]], runs: Mapping[str, list[_Run]], 
     sections = [
         Section(
             "Eigenvalues",
-            "Outermost first. Each is a bound from inside: the true one is at least as far out, and ± says how far it can be off. "
-            "What is less certain than half its size is left out.",
+            "Outermost first. Each is a bound from inside: the true one is at least as far out. ± says how far off it can be, where "
+            "that would change the digits shown; what is less certain than half its size is left out.",
             [Table(_rows(found))],
         ),
         Section(
@@ -311,11 +317,17 @@ def _rows(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     if "hessian" in found:
         columns["Hessian, smallest"] = found["hessian"]["smallest"]
     told = {
-        title: [f"{v:.4g} ± {b:.1g}" for v, b in zip(end["values"], end["bounds"]) if b <= UNSURE * abs(v)] or ["not found yet"]
+        title: [_told(v, b) for v, b in zip(end["values"], end["bounds"]) if b <= UNSURE * abs(v)] or ["not found yet"]
         for title, end in columns.items()
     }
     length = max(map(len, told.values()))
     return [{"": str(i + 1), **{t: v[i] if i < len(v) else "" for t, v in told.items()}} for i in range(length)]
+
+
+def _told(value: float, bound: float) -> str:
+    """Four digits, and how far off they can be, where that would show in them."""
+    text = f"{value:.4g}" + (f" ± {bound:.1g}" if bound > 5e-5 * abs(value) else "")
+    return text.replace("e-0", "e-").replace("-", "−").replace(" ", "\u00a0")
 
 
 def _layer_bars(name: str, one: Mapping[str, Any], runs: Sequence[_Run]) -> Plot | None:
@@ -337,13 +349,13 @@ def _words(name: str, one: Mapping[str, Any]) -> str:
     if name == "hessian":
         depth = -smallest / largest[0]
         words.append(
-            f"The most negative eigenvalue is {smallest:.3g}: these weights are no minimum of it."
+            f"The most negative eigenvalue is {smallest:.3g}: these weights are not at a minimum."
             if depth > 0.01
             else "No eigenvalue is clearly negative: these weights lie in a valley or on its floor."
         )
     if one["trace"]["value"] > 0:
         words.append(f"The largest eigenvalue is {largest[0] / one['trace']['value']:.0%} of the trace.")
-    return " ".join(words)
+    return " ".join(words).replace(" -", " −")
 
 
 KIND = Kind(Settings, plan, measure)

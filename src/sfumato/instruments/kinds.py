@@ -27,7 +27,7 @@ KINDS = {
 class Setup(BaseModel):
     """Settings that every kind has: which samples it sees, and how much memory it may take."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     samples: int = Field(512, gt=0, description="samples of the data, drawn by the seed")
     split: Literal["train", "test"] = Field("train", description="which part of the data")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,12 @@ def named_object(word: str) -> Any:
     return found
 
 
-def open_module(model: nn.Module | str | os.PathLike[str]) -> nn.Module | None:
+def open_module(model: nn.Module | str | os.PathLike[str], seed: int = 0) -> nn.Module | None:
     """The module that a word names, in eval mode; None for a timm model, which is made when the data is known.
+
+    Args:
+        model: a word, or the module itself (given back as it is).
+        seed: of the weights that a factory draws.
 
     Raises:
         BadSetting: a word of no kind, or a factory that gives no module. BadCheckpoint: a folder that is no run.
@@ -67,13 +73,14 @@ def open_module(model: nn.Module | str | os.PathLike[str]) -> nn.Module | None:
         hint = f"did you mean timm:{word}? " if timm.is_model(word) else ""
         raise BadSetting(f"there is no model {word!r}: {hint}A model is one of: {ALLOWED}")
     found = named_object(word)
-    if not isinstance(found, nn.Module):
+    if not isinstance(found, nn.Module) and callable(found):
         try:
-            found = found()
+            with _weights_seeded(seed):
+                found = found()
         except Exception as error:  # a person's function can fail in any way
             raise BadSetting(f"{word}() failed ({type(error).__name__}: {error}): give a function without arguments") from error
     if not isinstance(found, nn.Module):
-        raise BadSetting(f"{word} gives a {type(found).__name__}: a model is a torch.nn.Module, or a function that returns one")
+        raise BadSetting(f"{word} gives {type(found).__name__}: a model is a torch.nn.Module, or a function that returns one")
     return found.eval()
 
 
@@ -107,14 +114,20 @@ def make_timm(name: str, outputs: int, image_size: int | None, seed: int) -> nn.
     """
     import timm
 
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(key(seed, "weights"))
+    with _weights_seeded(seed):
         settings: dict[str, Any] = {"pretrained": False, "num_classes": outputs}
         try:
             model: nn.Module = timm.create_model(name, **settings, **({"img_size": image_size} if image_size else {}))
         except TypeError:
             model = timm.create_model(name, **settings)
     return model.eval()
+
+
+@contextmanager
+def _weights_seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(key(seed, "weights"))
+        yield
 
 
 def load_into(model: nn.Module, path: Path) -> list[str]:

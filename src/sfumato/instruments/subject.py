@@ -105,6 +105,12 @@ class Subject:
         """Batch normalisations with running statistics."""
         return [m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
+    @property
+    def eval_note(self) -> list[str]:
+        """For a kind that leaves batch norm in eval mode: the sentence that says so."""
+        count = len(self.norms)
+        return [f"batch norm takes its running statistics (layers in eval mode: {count})"] if count else []
+
     def layer(self, name: str) -> str:
         """The name of a layer or a parameter as the person knows it."""
         return name if self.separable else name.removeprefix("method.")
@@ -140,7 +146,7 @@ def prepare_subject(
         BadCheckpoint: weights that do not fit.
     """
     setup = setup or Setup()
-    found = open_module(model)
+    found = open_module(model, seed + draw)
     if isinstance(found, Method):
         if weights is not None:
             raise BadSetting("a run has its own weights: leave out --weights, or give a timm model or module:factory")
@@ -154,7 +160,8 @@ def prepare_subject(
         subject = _of_method(found, str(model), data, setup, seed)
     else:
         subject = _of_module(found, model, data, setup, place, (loss, weights, seed, draw))
-    subject.notes += _at_rest(subject.module)
+    drops = sum(isinstance(m, _DropoutNd) and m.p > 0 for m in subject.module.modules())
+    subject.notes += [f"dropout is off (layers: {drops})"] if drops else []
     subject.facts |= {
         "parameters": sum(p.numel() for p in subject.module.parameters() if p.requires_grad),
         "loss": subject.loss_name, "samples": subject.count, "batch": len(subject.batches[0][0]), "device": str(subject.device),
@@ -186,7 +193,7 @@ def _of_method(method: Method, name: str, data: Any, setup: Setup, seed: int) ->
         raise BadData(f"{title} needs a {missing} with every sample, and this data has none: give {wanted[missing]}")
     index = _draw(len(images), setup.samples, seed)
     memory, device = _memory(setup, method.device), method.device
-    facts = {"model": f"{title} run", "data": str(images)}
+    facts = {"model": f"{title} run", "run": name, "data": str(images)}
     common: dict[str, Any] = {"device": device, "memory": memory, "owner": method, "facts": facts, "classes": images.facts.classes}
     if isinstance(method, ClassifierLike):
         size = getattr(method, "size", (setup.image_size or 224,) * 2)
@@ -259,7 +266,8 @@ def _of_module(
     pair = tuple(t.to(kind) if t.is_floating_point() else t for t in (inputs, targets))
     pair = _lined_up(found, loss_name, (pair[0], pair[1]), classes, device)
     memory = _memory(setup, device)
-    facts = {"model": name, "weights": "as given" if isinstance(model, nn.Module) else str(weights or "as made"), "data": told}
+    fresh = "random" if eats else "as given" if isinstance(model, nn.Module) else "as the factory made them"
+    facts = {"model": name, "weights": str(weights or fresh), "data": told}
     return Subject(
         name=name, module=found, loss=criterion, loss_name=loss_name, device=device, memory=memory, owner=found, classes=classes,
         batches=_cut(found, criterion, pair, setup, memory, device), notes=notes, facts=facts,
@@ -319,7 +327,7 @@ def _forward(module: nn.Module, x: Tensor, device: torch.device) -> Tensor:
             outputs = module(x.to(device))
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadSetting(f"the model does not take inputs of {shape} ({reason}): try --set image_size=224") from error
+        raise BadSetting(f"the model does not take inputs of {shape} ({reason}): image_size=N brings pictures to another size") from error
     if not isinstance(outputs, Tensor):
         raise BadSetting(f"the model gives a {type(outputs).__name__}, and a probe takes a tensor: wrap it in a module that picks one")
     return outputs
@@ -435,11 +443,3 @@ def _fitting(module: nn.Module, loss: LossFunction, one: tuple[Tensor, Tensor], 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             loss(module(one[0].to(device)), one[1].to(device))
     return max(1, min(LARGEST_BATCH, memory // 2 // (CURVATURE_COPIES * max(1, kept))))
-
-
-def _at_rest(module: nn.Module) -> list[str]:
-    """What is done with layers that behave otherwise in training."""
-    drops = sum(isinstance(m, _DropoutNd) and m.p > 0 for m in module.modules())
-    norms = sum(isinstance(m, _BatchNorm) and m.track_running_stats for m in module.modules())
-    told = [f"batch norm takes its running statistics ({norms} layers in eval mode)"] if norms else []
-    return told + ([f"dropout is off ({drops} layers)"] if drops else [])
