@@ -230,11 +230,11 @@ def _summary(runs: Sequence[_Run], top: int) -> dict[str, Any]:
     phi = smoothed_spectrum(nodes, weights, t, sigma**2)
     clearly = nodes < -NEGATIVE * max(abs(low), abs(high))
     return {
-        "trace": _mean(torch.tensor([run.trace for run in runs])),
+        "trace": _mean(_column([run.trace for run in runs])),
         "negative_share": _mean((weights * clearly).sum(1)),
         "largest": _end(runs, top, -1),
         "smallest": _end(runs, top, 1),
-        "layers": {name: _mean(torch.tensor([run.layers[name] for run in runs])) for name in runs[0].layers},
+        "layers": {name: _mean(_column([run.layers[name] for run in runs])) for name in runs[0].layers},
         "density": {"t": t, "sigma": sigma, **{"phi" if n == "value" else n: v for n, v in _mean(phi).items()}},
         "starts": [{"nodes": run.nodes, "weights": run.weights, "bounds": run.bounds, "trace": run.trace} for run in runs],
     }
@@ -244,6 +244,10 @@ def _stacked(runs: Sequence[_Run]) -> tuple[Tensor, Tensor]:
     """Nodes and weights `[starts, m]`; a run that ended early has places of weight 0."""
     nodes, weights = (torch.nn.utils.rnn.pad_sequence([getattr(r, of) for r in runs], True) for of in ("nodes", "weights"))
     return nodes, weights
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _mean(values: Tensor) -> dict[str, Any]:
