@@ -168,6 +168,8 @@ def test_python_in_the_docs_runs(page, tmp_path, monkeypatch):
         assert space["nearest"].tolist() == ["a", "c", "b"]
         assert isinstance(space["vit"], VisionTransformer)
         assert float(space["loss"]) < float(space["y"].square().mean())
+        assert space["sharpest"] > 0
+        assert Path("curvature.html").is_file()
     else:
         assert space["hidden"].sum(1).tolist() == [147] * 8
 

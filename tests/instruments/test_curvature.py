@@ -13,7 +13,6 @@ from sfumato.instruments import Probe
 from sfumato.instruments.curvature import choose
 from sfumato.probes import EmpiricalFisherOperator, GGNOperator, HessianOperator
 
-
 SIZE = 27
 
 

@@ -26,8 +26,6 @@ def risk(subject):
 
 
 def test_timm_model_by_name():
-    import timm
-
     subject = prepare_subject(TIMM, (PICTURES, LABELS), Setup(samples=8), seed=3)
     assert subject.count == 8
     assert subject.module.get_classifier().out_features == 5
@@ -37,7 +35,9 @@ def test_timm_model_by_name():
     assert all(torch.equal(x, y) for x, y in zip(subject.module.parameters(), again.module.parameters()))
     assert not torch.equal(next(subject.module.parameters()), next(other.module.parameters()))
     assert torch.equal(subject.batches[0][0], other.batches[0][0])
-    assert not timm.create_model("resnet10t").default_cfg["fixed_input_size"]
+    free = prepare_subject(TIMM, PICTURES, loss=lambda out, x: out.square().mean() + x.mean())
+    assert free.module.get_classifier().out_features == 1000  # the data does not say how many
+    assert not any("anew" in note for note in free.notes)
 
 
 def test_own_weights_in_a_timm_model(tmp_path):

@@ -1,6 +1,6 @@
 """Linear mode connectivity of two trained models: the loss on the straight line between them, and what rises on it.
 
-θ_α = (1 − α) θ_a + α θ_b, barrier = max_α L(θ_α) − (1 − α) L(θ_a) − α L(θ_b) (Frankle et al. 2020). Measured as the models are, and
+θ_α = (1 − α) θ_a + α θ_b, barrier = max_α L(θ_α) − (1 − α) L(θ_a) − α L(θ_b) (Frankle et al. 2020). Measured as the models are,
 again with the hidden units of b in the order of a's (weight matching: Ainsworth et al. 2023), and for each layer alone
 (Adilova et al. 2024). Statistics of batch norm are recomputed on the data at every position.
 
@@ -67,8 +67,12 @@ def plan(a: Subject, b: Subject, settings: Settings, minutes: float | None) -> P
     lines = 2 if settings.match else 1
     limit = None if minutes is None else 60 * minutes
     names = list(a.module.state_dict())
-    sizes = {depth: len(_groups(names, a, depth)) for depth in ([0, 1, 2, 3, 4] if settings.layers is None else [settings.layers])}
-    alphas, depth = choose(limit, one * lines, {d: n for d, n in sizes.items() if n <= MOST_GROUPS or settings.layers is not None})
+    sizes = {
+        depth: len(_groups(names, a, depth)) for depth in ([0, 1, 2, 3, 4] if settings.layers is None else [settings.layers])
+    }
+    alphas, depth = choose(
+        limit, one * lines, {d: n for d, n in sizes.items() if n <= MOST_GROUPS or settings.layers is not None}
+    )
     alphas = settings.alphas or alphas
     positions = lines * (alphas + LAYER_ALPHAS * sizes[depth])
     chosen = {

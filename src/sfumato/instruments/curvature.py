@@ -56,7 +56,9 @@ class Settings(Setup):
 
     operator: Literal["all", "hessian", "ggn", "fisher"] = Field("all", description="which matrices")
     top: int = Field(10, gt=0, le=50, description="eigenvalues shown at each end")
-    steps: int | None = Field(None, gt=0, description="Lanczos steps a start; None: what the time and the memory allow, at most 100")
+    steps: int | None = Field(
+        None, gt=0, description="Lanczos steps a start; None: what the time and the memory allow, at most 100"
+    )
     starts: int | None = Field(None, gt=0, description="random starts, for error bars; None: what the time allows, at most 16")
     layers: str | None = Field(None, description="only parameters whose name begins so, such as head; None: all")
 
@@ -187,7 +189,9 @@ def _bounds(found: Lanczos) -> Tensor:
 
 def _chosen(subject: Subject, settings: Settings) -> list[str]:
     if settings.operator in ("ggn", "fisher") and not subject.separable:
-        raise BadSetting(f"operator={settings.operator} needs outputs and targets apart, and {subject.name} has one loss: hessian")
+        raise BadSetting(
+            f"operator={settings.operator} needs outputs and targets apart, and {subject.name} has one loss: hessian"
+        )
     if settings.operator != "all":
         return [settings.operator]
     return list(OPERATORS) if subject.separable else ["hessian"]
@@ -294,8 +298,8 @@ def _findings(found: dict[str, dict[str, Any]], runs: Mapping[str, list[_Run]], 
     sections = [
         Section(
             "Eigenvalues",
-            "Outermost first. Each is a bound from inside: the true one is at least as far out. ± says how far off it can be, where "
-            "that would change the digits shown; what is less certain than half its size is left out.",
+            "Outermost first. Each is a bound from inside: the true one is at least as far out. ± says how far off it can be, "
+            "where that would change the digits shown; what is less certain than half its size is left out.",
             [Table(_rows(found))],
         ),
         Section(
@@ -306,7 +310,9 @@ def _findings(found: dict[str, dict[str, Any]], runs: Mapping[str, list[_Run]], 
         ),
     ]
     if layers := _layer_bars(lead, found[lead], runs[lead]):
-        sections.append(Section("Trace by layer", "Where the curvature sits: the part of the trace on each layer's weights.", [layers]))
+        sections.append(
+            Section("Trace by layer", "Where the curvature sits: the part of the trace on each layer's weights.", [layers])
+        )
     return Findings({**at, **found}, headline, _words(lead, found[lead]), sections)
 
 

@@ -81,7 +81,7 @@ class Findings:
 
     Args:
         numbers: everything that was measured, complete enough to draw every plot oneself.
-        headline: the few figures a reader wants first, in words.
+        headline: the few figures a reader wants first: a number, a number and its error, or words.
         verdict: what they say, in a sentence or two.
         sections: what the page shows.
         notes: what a reader must know to trust the numbers, a sentence each.
@@ -90,7 +90,7 @@ class Findings:
     """
 
     numbers: dict[str, Any]
-    headline: dict[str, str]
+    headline: dict[str, Any]
     verdict: str = ""
     sections: list[Section] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

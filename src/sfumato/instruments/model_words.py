@@ -103,23 +103,28 @@ def timm_input(name: str) -> dict[str, Any]:
     return {"channels": channels, "size": size, "fixed": bool(config.get("fixed_input_size")), **standard}
 
 
-def make_timm(name: str, outputs: int, image_size: int | None, seed: int) -> nn.Module:
-    """A timm model with random weights and `outputs` outputs, in eval mode.
+def make_timm(name: str, outputs: int | None, image_size: int | None, seed: int) -> nn.Module:
+    """A timm model with random weights, in eval mode.
 
     Args:
         name: without `timm:`.
-        outputs: of its last layer.
+        outputs: of its last layer; None: as many as it was published with.
         image_size: pixels a side, for a model that must know; None: its own.
         seed: of the weights; torch's generator is left as it was.
+
+    Raises:
+        BadSetting: a model that takes pictures of its own size only.
     """
     import timm
 
-    with _weights_seeded(seed):
-        settings: dict[str, Any] = {"pretrained": False, "num_classes": outputs}
-        try:
-            model: nn.Module = timm.create_model(name, **settings, **({"img_size": image_size} if image_size else {}))
-        except TypeError:
-            model = timm.create_model(name, **settings)
+    wanted: dict[str, Any] = {"num_classes": outputs, "img_size": image_size}
+    try:
+        with _weights_seeded(seed):
+            model: nn.Module = timm.create_model(name, pretrained=False, **{k: v for k, v in wanted.items() if v is not None})
+    except (TypeError, AssertionError, ValueError) as error:
+        raise BadSetting(
+            f"timm:{name} is not made for image_size={image_size}: leave it out, or give another ({error})"
+        ) from error
     return model.eval()
 
 

@@ -32,7 +32,7 @@ class OwnLoss(nn.Module):
     def __init__(self, method: Method, batches: Sequence[Batch], seed: int = 0) -> None:
         if type(method).loss is Method.loss:
             raise BadSetting(
-                f"{type(method).__name__} trains by several losses, and a probe takes one: probe a network of it by module:function"
+                f"{type(method).__name__} trains by several losses, and a probe takes one: probe its network by module:factory"
             )
         super().__init__()
         self.method = method

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -194,7 +194,13 @@ def _of_method(method: Method, name: str, data: Any, setup: Setup, seed: int) ->
     index = _draw(len(images), setup.samples, seed)
     memory, device = _memory(setup, method.device), method.device
     facts = {"model": f"{title} run", "run": name, "data": str(images)}
-    common: dict[str, Any] = {"device": device, "memory": memory, "owner": method, "facts": facts, "classes": images.facts.classes}
+    common: dict[str, Any] = {
+        "device": device,
+        "memory": memory,
+        "owner": method,
+        "facts": facts,
+        "classes": images.facts.classes,
+    }
     if isinstance(method, ClassifierLike):
         size = getattr(method, "size", (setup.image_size or 224,) * 2)
         whole = _read(images, index, None if images.facts.size else _crop(size), seed)
@@ -231,47 +237,77 @@ def _part(batch: Batch, rows: slice) -> Batch:
 # Plain modules and timm models
 
 
+@dataclass
+class _Samples:
+    """Inputs and targets in one piece, the loss that compares them, and what they were before."""
+
+    inputs: Tensor
+    targets: Tensor
+    criterion: LossFunction
+    loss_name: str
+    told: str
+    classes: tuple[str, ...] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def outputs(self) -> int | None:
+        """How many outputs a model needs for them; None: the data does not say."""
+        if self.targets is self.inputs:
+            return None
+        if self.targets.is_floating_point():
+            return self.targets[0].numel()
+        return len(self.classes) if self.classes else int(self.targets.max()) + 1
+
+
 def _of_module(
     found: nn.Module | None, model: Any, data: Any, setup: Setup, device: torch.device, chosen: tuple[Any, Any, int, int]
 ) -> Subject:
     loss, weights, seed, draw = chosen
     name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
-    notes: list[str] = []
     eats = timm_input(name.removeprefix("timm:")) if found is None else {}
-    if _is_pairs(data):
-        inputs, targets, classes, told = *_collect(data, setup.samples), None, "pairs"
-        loss_name, criterion = _loss(loss, labelled=not targets.is_floating_point(), paired=True)
-    else:
-        images = _images(data, setup.split, eats.get("channels"))
-        size, told = _size(eats, images, setup), str(images)
-        whole = _read(images, _draw(len(images), setup.samples, seed), _crop((size, size)) if size else None, seed)
-        classes = images.facts.classes
-        loss_name, criterion = _loss(loss, labelled=whole.label is not None, paired=whole.target is not None)
-        inputs, targets = whole.x, _targets(whole, loss_name)
-        if size is not None and images.facts.size != (size, size):
-            notes.append(f"pictures are resized and cut to {size} x {size} pixels")
-        if eats and inputs.ndim == 4:
-            mean, std = (torch.tensor(eats[part]).view(-1, 1, 1) for part in ("mean", "std"))
-            inputs = (inputs - mean) / std
-            notes.append("pixels are standardised as timm does for this model")
+    samples = _given(data, loss, setup) if _is_pairs(data) else _opened(data, loss, setup, eats, seed)
+    notes = samples.notes
     if found is None:
-        outputs = len(classes) if classes else int(targets.max()) + 1 if not targets.is_floating_point() else targets[0].numel()
+        outputs = samples.outputs()
         found = make_timm(name.removeprefix("timm:"), outputs, setup.image_size if eats["fixed"] else None, seed + draw)
-        notes.append(f"the last layer was built anew with {outputs} outputs, for this data")
+        notes += [f"the last layer was built anew with {outputs} outputs, for this data"] if outputs else []
         notes += ["the weights are random (give --weights FILE for trained ones)"] if weights is None else []
     if weights is not None:
         notes += load_into(found, Path(weights))
     found = found.to(device)
-    kind = next(p.dtype for p in found.parameters())
-    pair = tuple(t.to(kind) if t.is_floating_point() else t for t in (inputs, targets))
-    pair = _lined_up(found, loss_name, (pair[0], pair[1]), classes, device)
+    pair = _lined_up(found, samples, device)
     memory = _memory(setup, device)
     fresh = "random" if eats else "as given" if isinstance(model, nn.Module) else "as the factory made them"
-    facts = {"model": name, "weights": str(weights or fresh), "data": told}
     return Subject(
-        name=name, module=found, loss=criterion, loss_name=loss_name, device=device, memory=memory, owner=found, classes=classes,
-        batches=_cut(found, criterion, pair, setup, memory, device), notes=notes, facts=facts,
+        name=name, module=found, loss=samples.criterion, loss_name=samples.loss_name, device=device, memory=memory, owner=found,
+        batches=_cut(found, samples.criterion, pair, setup, memory, device), classes=samples.classes, notes=notes,
+        facts={"model": name, "weights": str(weights or fresh), "data": samples.told},
     )  # fmt: skip
+
+
+def _given(data: Iterable[Any], loss: Any, setup: Setup) -> _Samples:
+    """The first pairs of a person's own batches."""
+    inputs, targets = _collect(data, setup.samples)
+    loss_name, criterion = _loss(loss, labelled=not targets.is_floating_point(), paired=True)
+    return _Samples(inputs, targets, criterion, loss_name, "pairs of inputs and targets")
+
+
+def _opened(data: Any, loss: Any, setup: Setup, eats: dict[str, Any], seed: int) -> _Samples:
+    """Samples from a place, of the size that a model needs, and standardised where it is one of timm's."""
+    images = _images(data, setup.split, eats.get("channels"))
+    size = _size(eats, images, setup)
+    labelled, paired = images.items.labelled, images.items.paired
+    loss_name, criterion = _loss(loss, labelled=labelled, paired=paired)
+    whole = _read(images, _draw(len(images), setup.samples, seed), _crop((size, size)) if size else None, seed)
+    notes, inputs = [], whole.x
+    if size is not None and images.facts.size != (size, size):
+        notes.append(f"pictures are resized and cut to {size} x {size} pixels")
+    if eats and inputs.ndim == 4:
+        mean, std = (torch.tensor(eats[part]).view(-1, 1, 1) for part in ("mean", "std"))
+        inputs = (inputs - mean) / std
+        notes.append("pixels are standardised as timm does for this model")
+    order = (whole.target, whole.label) if loss_name == "mse" else (whole.label, whole.target)
+    targets = next((t for t in order if t is not None), inputs)
+    return _Samples(inputs, targets, criterion, loss_name, str(images), images.facts.classes, notes)
 
 
 def _loss(loss: str | LossFunction | None, *, labelled: bool, paired: bool) -> tuple[str, LossFunction]:
@@ -296,23 +332,16 @@ def _loss(loss: str | LossFunction | None, *, labelled: bool, paired: bool) -> t
     return loss, named_object(loss)
 
 
-def _targets(whole: Batch, loss_name: str) -> Tensor:
-    """What the loss compares with: labels before targets, but for mse; the inputs where there is neither."""
-    order = (whole.target, whole.label) if loss_name == "mse" else (whole.label, whole.target)
-    return next((t for t in order if t is not None), whole.x)
-
-
-def _lined_up(
-    module: nn.Module, loss_name: str, pair: tuple[Tensor, Tensor], classes: Sequence[str] | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Inputs and targets after a look at the first outputs: a model that does not suit the data is refused in one line."""
-    inputs, targets = pair
+def _lined_up(module: nn.Module, samples: _Samples, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets as the model's type and shape want them; a model that does not suit the data is refused."""
+    kind = next(p.dtype for p in module.parameters())
+    inputs, targets = (t.to(kind) if t.is_floating_point() else t for t in (samples.inputs, samples.targets))
     outputs = _forward(module, inputs[:2], device)
-    if loss_name == "cross_entropy":
-        most = max(len(classes or ()), int(targets.max()) + 1)
+    if samples.loss_name == "cross_entropy":
+        most = max(len(samples.classes or ()), int(targets.max()) + 1)
         if outputs.ndim < 2 or outputs.shape[1] < most:
             raise BadSetting(f"the model gives {list(outputs.shape[1:])} outputs a sample, and the data has {most} classes")
-    elif loss_name == "mse":
+    elif samples.loss_name == "mse":
         if outputs.ndim == targets.ndim + 1 and outputs.shape[-1] == 1:
             targets = targets[..., None]
         if outputs.shape[1:] != targets.shape[1:]:
@@ -327,9 +356,13 @@ def _forward(module: nn.Module, x: Tensor, device: torch.device) -> Tensor:
             outputs = module(x.to(device))
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadSetting(f"the model does not take inputs of {shape} ({reason}): image_size=N brings pictures to another size") from error
+        raise BadSetting(
+            f"the model does not take inputs of {shape} ({reason}): image_size=N brings pictures to another size"
+        ) from error
     if not isinstance(outputs, Tensor):
-        raise BadSetting(f"the model gives a {type(outputs).__name__}, and a probe takes a tensor: wrap it in a module that picks one")
+        raise BadSetting(
+            f"the model gives a {type(outputs).__name__}, and a probe takes a tensor: wrap it in a module that picks one"
+        )
     return outputs
 
 
@@ -439,7 +472,7 @@ def _fitting(module: nn.Module, loss: LossFunction, one: tuple[Tensor, Tensor], 
             kept += t.numel() * t.element_size()
         return t
 
-    with eval_mode(module), exact_arithmetic(device.type), torch.enable_grad():
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            loss(module(one[0].to(device)), one[1].to(device))
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+    with eval_mode(module), exact_arithmetic(device.type), torch.enable_grad(), hooks:
+        loss(module(one[0].to(device)), one[1].to(device))
     return max(1, min(LARGEST_BATCH, memory // 2 // (CURVATURE_COPIES * max(1, kept))))

@@ -78,7 +78,8 @@ def unflatten_params(vec: Tensor, like: Parameters) -> dict[str, Tensor] | list[
 def layer_slices(model: nn.Module | Mapping[str, Tensor]) -> dict[str, slice]:
     """Where each layer lies in the flat vector: `{module name: slice}`, for every module that owns trainable parameters.
 
-    Given parameters by name, those; else the trainable ones of a module. The slices follow one another and cover `[0, d)`; a module's own parameters are always neighbours.
+    Given parameters by name, those that are trainable. The slices follow one another and cover `[0, d)`; a module's own
+    parameters are always neighbours.
     """
     slices: dict[str, slice] = {}
     start = 0
