@@ -55,12 +55,12 @@ def test_kinds_and_settings_are_told(sfumato):
     assert set(json.loads(sfumato("probe", "--json").out)) >= {"curvature", "connectivity"}
     told = json.loads(sfumato("probe", "connectivity", "--json").out)
     assert told["models"] == 2
-    assert told["settings"]["samples"]["default"] == 1024
+    assert told["settings"]["tolerance"]["default"] == 0.02
     assert "--set operator=all" in sfumato("probe", "curvature").out
 
 
 def test_a_timm_model_with_json_and_page(sfumato, tmp_path):
-    done = sfumato("probe", "curvature", "timm:resnet10t", "--data", "sample:digits", "--json", *QUICK)
+    done = sfumato("probe", "curvature", "timm:test_resnet", "--data", "sample:digits", "--json", *QUICK)
     assert done.code == 0, done.err
     found = json.loads(done.out, parse_constant=pytest.fail)
     assert set(found) == {
@@ -79,7 +79,7 @@ def test_a_timm_model_with_json_and_page(sfumato, tmp_path):
     stored = json.loads((folder / "findings.json").read_text())
     assert stored["numbers"] == found["numbers"]
     page = (folder / "report.html").read_text()
-    assert "Curvature of timm:resnet10t" in page
+    assert "Curvature of timm:test_resnet" in page
     assert "running statistics" in page
     assert found["command"] in page.replace("&#39;", "'")
 
@@ -144,7 +144,7 @@ def test_words_that_are_refused(sfumato, tmp_path, nets, trained):
     refused(sfumato("probe", "curvature", net, *data, "--weights", "no.pth"), "no.pth")
     refused(sfumato("probe", "curvature", net, *data, "--device", "cuda:7"), "cuda:7")
     refused(sfumato("probe", "curvature", "timm:resnet19", *data), "resnet18")
-    refused(sfumato("probe", "curvature", "timm:resnet10t", "--data", "sample:photos"), "neither labels nor targets")
+    refused(sfumato("probe", "curvature", "timm:test_resnet", "--data", "sample:photos"), "neither labels nor targets")
     refused(sfumato("probe", "curvature", "no/such/run", *data), "module:factory", "run folder")
     refused(sfumato("probe", "curvature", trained["classifiers"][0], "--data", "sample:photos"), "label", "folder per class")
     np.savez(tmp_path / "pairs.npz", x=np.zeros((6, 64), np.float32), target=np.zeros((6, 3), np.float32))

@@ -119,6 +119,18 @@ def test_there_is_always_one_product_and_memory_bounds_the_steps(net, data):
     assert any("one start" in note for note in once.notes)
 
 
+def test_samples_are_left_out_where_the_time_is_short(net):
+    x = torch.randn(200, 4, dtype=torch.float64)
+    data = [(x, torch.arange(200) % 3)]
+    hurried = Probe("curvature", net, data, minutes=1e-9, operator="hessian")
+    assert hurried.plan.chosen["samples"] == 16
+    found = hurried.run()
+    assert found.numbers["loss"] == pytest.approx(F.cross_entropy(net(x[:16]), data[0][1][:16]).item())
+    assert any("only 16 samples" in note for note in found.notes)
+    assert Probe("curvature", net, data, minutes=1e-9, samples=150).plan.chosen["samples"] == 150
+    assert Probe("curvature", net, data, minutes=None).plan.chosen["samples"] == 200
+
+
 def test_the_seed_decides(net, data):
     runs = [sfumato.probe("curvature", net, data, operator="hessian", steps=5, starts=2, seed=s).as_json() for s in (0, 0, 1)]
     assert runs[0]["numbers"] == runs[1]["numbers"]

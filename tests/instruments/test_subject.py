@@ -17,7 +17,7 @@ from sfumato.probes import HessianOperator
 
 PICTURES = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(12) % 5
-TIMM = "timm:resnet10t"
+TIMM = "timm:test_resnet"
 
 
 def risk(subject):
@@ -43,7 +43,7 @@ def test_timm_model_by_name():
 def test_own_weights_in_a_timm_model(tmp_path):
     import timm
 
-    source = timm.create_model("resnet10t", num_classes=1000)
+    source = timm.create_model("test_resnet", num_classes=1000)
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     torch.save(source.state_dict(), tmp_path / "w.pth")
     for name in ("w.safetensors", "w.pth"):
@@ -195,3 +195,8 @@ def test_a_method_is_probed_by_its_own_loss():
     assert not subject.separable
     assert [len(x) for x, _ in subject.batches] == [4, 4, 4, 1]
     assert subject.layer("method.net.weight") == "net.weight"
+    less = subject.first(8)
+    assert [len(x) for x, _ in less.batches] == [4, 4]
+    alone = OwnLoss(subject.owner, subject.module._held.batches[:2])
+    assert risk(less) == pytest.approx(sum(float(alone(n).sum()) for n, _ in alone.pairs()) / 8)
+    assert subject.first(13) is subject

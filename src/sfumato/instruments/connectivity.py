@@ -28,13 +28,15 @@ from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.model_words import difference
 from sfumato.instruments.progress import Progress
 from sfumato.instruments.subject import Subject
-from sfumato.instruments.timing import seconds_of
+from sfumato.instruments.timing import samples_that_fit, seconds_a_sample
 from sfumato.probes.functional_model import eval_mode
 from sfumato.probes.paths import Curve, State, barrier, fork_geometry, layerwise_barrier, path_loss
 from sfumato.probes.permutation import match_permutation
 
 PLAIN, MATCHED = "as they are", "units matched"
 LAYER_ALPHAS = 5
+ENOUGH, FEWEST = 11, 64
+"""Positions for which samples are left out where the time is short, and how many samples are kept at least."""
 MOST_GROUPS = 30
 """Layers that are shown one by one; deeper models are cut at a shallower part of the name."""
 
@@ -42,7 +44,6 @@ MOST_GROUPS = 30
 class Settings(Setup):
     """What the connectivity probe can be told."""
 
-    samples: int = Field(1024, gt=0, description="samples of the data, drawn by the seed")
     match: bool = Field(True, description="measure again with the hidden units of b in the order of a's")
     alphas: int | None = Field(None, ge=3, description="positions on the line; None: what the time allows, at most 25")
     layers: int | None = Field(
@@ -56,16 +57,18 @@ class Settings(Setup):
 def plan(a: Subject, b: Subject, settings: Settings, minutes: float | None) -> Plan:
     """Time one batch, and choose positions on the line and how finely layers are told apart."""
     _refuse_unlike(a, b)
-    x, y = a.batches[0]
+    limit = None if minutes is None else 60 * minutes
 
-    def work() -> None:
+    def work(pairs: list[tuple[Tensor, Tensor]]) -> None:
         with eval_mode(a.module), torch.no_grad():
-            a.loss(a.module(x.to(a.device)), y.to(a.device))
+            for x, y in pairs:
+                a.loss(a.module(x.to(a.device)), y.to(a.device))
 
     readings = 2 if a.norms else 1  # once more for the statistics of batch norm
-    one = seconds_of(work, a.device) * readings * a.count / len(x)
+    sample = seconds_a_sample(work, a.batches[0], limit, a.device, cut=a.separable) * readings
     lines = 2 if settings.match else 1
-    limit = None if minutes is None else 60 * minutes
+    samples = a.first(settings.samples or samples_that_fit(a.count, sample, ENOUGH * lines, limit, FEWEST)).count
+    one = samples * sample
     names = list(a.module.state_dict())
     sizes = {
         depth: len(_groups(names, a, depth)) for depth in ([0, 1, 2, 3, 4] if settings.layers is None else [settings.layers])
@@ -76,9 +79,11 @@ def plan(a: Subject, b: Subject, settings: Settings, minutes: float | None) -> P
     alphas = settings.alphas or alphas
     positions = lines * (alphas + LAYER_ALPHAS * sizes[depth])
     chosen = {
-        "positions": alphas, "groups of layers": sizes[depth], "depth": depth, "lines": lines, "seconds a position": one,
+        "samples": samples, "positions": alphas, "groups of layers": sizes[depth], "depth": depth, "lines": lines,
+        "seconds a position": one,
     }  # fmt: skip
-    return Plan(chosen, positions * one, limit, positions * readings * len(a.batches))
+    notes = (f"only {samples} samples were taken, to fit the time: more minutes take more",) if samples < a.count else ()
+    return Plan(chosen, positions * one, limit, positions * readings * len(a.first(samples).batches), notes)
 
 
 def choose(limit: float | None, seconds: float, groups: Mapping[int, int]) -> tuple[int, int]:
@@ -100,6 +105,7 @@ def measure(
 ) -> Findings:
     """The line, the line to the matched model, and the layers of both."""
     del generator  # nothing is drawn
+    a = a.first(plan.chosen["samples"])
     data = progress.over(a.batches)
     first, ends = a.module.state_dict(), {PLAIN: b.module.state_dict()}
     notes: list[str] = []

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,7 @@ from sfumato.instruments.findings import Findings, Plan, Plot, Section, Table
 from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.progress import Progress
 from sfumato.instruments.subject import Subject
-from sfumato.instruments.timing import seconds_of
+from sfumato.instruments.timing import samples_that_fit, seconds_a_sample, seconds_of
 from sfumato.nn.flat import layer_slices
 from sfumato.probes.functional_model import FunctionalModel, as_batches
 from sfumato.probes.krylov import Lanczos, lanczos, smoothed_spectrum
@@ -42,6 +43,8 @@ OPERATORS: Mapping[str, type[LinearOperator]] = {
 NAMES = {"hessian": "Hessian", "ggn": "Gauss-Newton", "fisher": "empirical Fisher"}
 MOST_STEPS, MOST_STARTS = 100, 16
 GRID = 512
+ENOUGH, FEWEST = 40, 16
+"""Products for which samples are left out where the time is short, and how many samples are kept at least."""
 OVERRUN = 1.2
 """Share of the allowed time at which no further start is begun."""
 NEGATIVE = 1e-4
@@ -64,14 +67,17 @@ class Settings(Setup):
 
 
 def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
-    """Time one product with every operator on one batch, and choose Lanczos steps and starts."""
-    batch = subject.batches[:1]
-    share = subject.count / len(batch[0][0])
-    operators = {name: _operator(name, subject, settings, batch) for name in _chosen(subject, settings)}
-    size = next(iter(operators.values())).shape[0]
-    probe = torch.ones(size, dtype=next(iter(operators.values())).dtype, device=subject.device)
-    seconds = {name: share * seconds_of(lambda op=op: op @ probe, subject.device) for name, op in operators.items()}  # type: ignore[misc]
+    """Time one product with every operator on one batch, and choose samples, Lanczos steps and starts."""
     limit = None if minutes is None else 60 * minutes
+    names = _names(subject, settings)
+    probe = torch.cat([torch.ones_like(subject.module.get_parameter(name)).flatten() for name in names]).detach()
+    size, sample = len(probe), {}
+    for name in _chosen(subject, settings):
+        product = partial(_product, name, subject, settings, probe)
+        sample[name] = seconds_a_sample(product, subject.batches[0], limit, subject.device, cut=subject.separable)
+    fitting = samples_that_fit(subject.count, sum(sample.values()), ENOUGH, limit, FEWEST)
+    samples = subject.first(settings.samples or fitting).count
+    seconds = {name: samples * one for name, one in sample.items()}
     room = max(1, subject.memory // 2 // (size * probe.element_size()) - 4)  # the basis; a few vectors more are in use
     longest = min(MOST_STEPS, size, room)
     dot = seconds_of(lambda: probe @ probe, subject.device)
@@ -79,16 +85,16 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
     for _ in range(2):  # keeping a basis of m vectors orthogonal costs about 2 m scalar products a step more
         steps, starts = choose(limit, cost, longest)
         steps, starts = min(settings.steps or steps, size), settings.starts or starts
-        cost = sum(seconds.values()) + len(operators) * 2 * steps * dot
-    notes = []
+        cost = sum(seconds.values()) + len(seconds) * 2 * steps * dot
+    notes = [f"only {samples} samples were taken, to fit the time: more minutes take more"] if samples < subject.count else []
     if settings.steps is None and steps == room < min(MOST_STEPS, size):
         notes.append(f"memory holds {room} Lanczos vectors of {size:,} numbers; --set memory=GB allows more")
     products = steps * starts
     told = {
-        "steps": steps, "starts": starts, "products": products, "dimension": size, "seconds a product": seconds,
-        "GB of vectors": steps * size * probe.element_size() / 1e9,
+        "samples": samples, "steps": steps, "starts": starts, "products": products, "dimension": size,
+        "seconds a product": seconds, "GB of vectors": steps * size * probe.element_size() / 1e9,
     }  # fmt: skip
-    ticks = (products * len(operators) + 1) * len(subject.batches)
+    ticks = (products * len(seconds) + 1) * len(subject.first(samples).batches)
     return Plan(told, products * cost, limit, ticks, tuple(notes))
 
 
@@ -108,6 +114,7 @@ def choose(limit: float | None, seconds: float, longest: int) -> tuple[int, int]
 
 def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progress, generator: torch.Generator) -> Findings:
     """Lanczos from every start with every operator, then all that follows from it."""
+    subject = subject.first(plan.chosen["samples"])
     data = progress.over(subject.batches)
     operators = {name: _operator(name, subject, settings, data) for name in _chosen(subject, settings)}
     slices = _slices(subject, settings)
@@ -195,6 +202,10 @@ def _chosen(subject: Subject, settings: Settings) -> list[str]:
     if settings.operator != "all":
         return [settings.operator]
     return list(OPERATORS) if subject.separable else ["hessian"]
+
+
+def _product(name: str, subject: Subject, settings: Settings, v: Tensor, data: Any) -> Tensor:
+    return _operator(name, subject, settings, data) @ v
 
 
 def _names(subject: Subject, settings: Settings) -> list[str]:
@@ -353,6 +364,8 @@ def _layer_bars(name: str, one: Mapping[str, Any], runs: Sequence[_Run]) -> Plot
 def _words(name: str, one: Mapping[str, Any]) -> str:
     """What the figures say."""
     largest, smallest = one["largest"]["values"], one["smallest"]["values"][0]
+    if one["largest"]["bounds"][0] > UNSURE * abs(largest[0]):
+        return "The largest eigenvalue was not found: more Lanczos steps are needed, so more minutes or fewer samples."
     if largest[0] <= 0:
         return "No direction curves upwards: the largest eigenvalue found is not above zero."
     words = [f"Gradient descent on this loss is stable up to a learning rate of 2 / {largest[0]:.3g} = {2 / largest[0]:.2g}."]

@@ -29,7 +29,9 @@ class Setup(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
-    samples: int = Field(512, gt=0, description="samples of the data, drawn by the seed")
+    samples: int | None = Field(
+        None, gt=0, description="samples of the data, drawn by the seed; None: 512, or fewer where the time is short"
+    )
     split: Literal["train", "test"] = Field("train", description="which part of the data")
     image_size: int | None = Field(None, gt=0, description="pixels a side; None: the model's where it needs one, else the data's")
     batch_size: int | None = Field(None, gt=0, description="samples worked on at once; None: what fits into the memory")

@@ -50,6 +50,10 @@ class OwnLoss(nn.Module):
         numbers = [torch.full((len(b),), i) for i, b in enumerate(self._held.batches)]
         return [(n, n) for n in numbers]
 
+    def first(self, batches: int) -> OwnLoss:
+        """The same over the first batches only; the method is shared."""
+        return OwnLoss(self.method, self._held.batches[:batches], self._held.seed)
+
     def total_weight(self) -> float:
         """Σ w_b, found once: with the noise held it is a constant."""
         held = self._held

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -41,6 +41,7 @@ from sfumato.probes.functional_model import eval_mode, exact_arithmetic
 from sfumato.probes.operators import LossFunction
 
 LOSSES: dict[str, LossFunction] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+SAMPLES = 512
 LARGEST_BATCH = 256
 CURVATURE_COPIES = 8
 """Activations of a batch that a Hessian product holds, compared with those of one forward pass: tangents and both gradients."""
@@ -110,6 +111,17 @@ class Subject:
         """For a kind that leaves batch norm in eval mode: the sentence that says so."""
         count = len(self.norms)
         return [f"batch norm takes its running statistics (layers in eval mode: {count})"] if count else []
+
+    def first(self, samples: int) -> Subject:
+        """The same on fewer samples (on whole batches, where the loss is a method's own); itself where there are no more."""
+        if samples >= self.count:
+            return self
+        if isinstance(self.module, OwnLoss):
+            module = self.module.first(max(1, samples // len(self.batches[0][0])))
+            return replace(self, module=module, batches=module.pairs())
+        x, y = (torch.cat(parts)[:samples] for parts in zip(*self.batches, strict=True))
+        size = len(self.batches[0][0])
+        return replace(self, batches=list(zip(x.split(size), y.split(size), strict=True)))
 
     def layer(self, name: str) -> str:
         """The name of a layer or a parameter as the person knows it."""
@@ -191,7 +203,7 @@ def _of_method(method: Method, name: str, data: Any, setup: Setup, seed: int) ->
     if missing is not None:
         wanted = {"label": "one folder per class, or arrays with y", "target": "pairs:IN:TARGET, or arrays with target"}
         raise BadData(f"{title} needs a {missing} with every sample, and this data has none: give {wanted[missing]}")
-    index = _draw(len(images), setup.samples, seed)
+    index = _draw(len(images), setup, seed)
     memory, device = _memory(setup, method.device), method.device
     facts = {"model": f"{title} run", "run": name, "data": str(images)}
     common: dict[str, Any] = {
@@ -286,7 +298,7 @@ def _of_module(
 
 def _given(data: Iterable[Any], loss: Any, setup: Setup) -> _Samples:
     """The first pairs of a person's own batches."""
-    inputs, targets = _collect(data, setup.samples)
+    inputs, targets = _collect(data, setup.samples or SAMPLES)
     loss_name, criterion = _loss(loss, labelled=not targets.is_floating_point(), paired=True)
     return _Samples(inputs, targets, criterion, loss_name, "pairs of inputs and targets")
 
@@ -297,7 +309,7 @@ def _opened(data: Any, loss: Any, setup: Setup, eats: dict[str, Any], seed: int)
     size = _size(eats, images, setup)
     labelled, paired = images.items.labelled, images.items.paired
     loss_name, criterion = _loss(loss, labelled=labelled, paired=paired)
-    whole = _read(images, _draw(len(images), setup.samples, seed), _crop((size, size)) if size else None, seed)
+    whole = _read(images, _draw(len(images), setup, seed), _crop((size, size)) if size else None, seed)
     notes, inputs = [], whole.x
     if size is not None and images.facts.size != (size, size):
         notes.append(f"pictures are resized and cut to {size} x {size} pixels")
@@ -398,12 +410,10 @@ def _images(data: Any, split: str, channels: int | None) -> ImageSet:
     return images
 
 
-def _draw(count: int, samples: int, seed: int) -> Tensor:
-    """Which samples: all of them, or some drawn by the seed."""
-    if samples >= count:
-        return torch.arange(count)
+def _draw(count: int, setup: Setup, seed: int) -> Tensor:
+    """Which samples, in random order, so that the first of them are a fair draw too."""
     generator = torch.Generator().manual_seed(key(seed, "probe samples"))
-    return torch.randperm(count, generator=generator)[:samples].sort().values
+    return torch.randperm(count, generator=generator)[: setup.samples or SAMPLES]
 
 
 def _size(eats: dict[str, Any], images: ImageSet, setup: Setup) -> int | None:
