@@ -10,7 +10,7 @@ from torch import nn
 import sfumato
 from sfumato.errors import BadSetting, Interrupted
 from sfumato.instruments import Probe
-from sfumato.instruments.curvature import choose
+from sfumato.instruments.curvature import _words, choose
 from sfumato.probes import EmpiricalFisherOperator, GGNOperator, HessianOperator
 
 SIZE = 27
@@ -75,6 +75,23 @@ def test_loss_and_gradient_are_those_of_the_data(net, data, full):
     length = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))]).norm()
     assert full.numbers["loss"] == pytest.approx(loss.item())
     assert full.numbers["gradient_norm"] == pytest.approx(length.item())
+
+
+def test_words_claim_no_more_than_the_errors_allow():
+    def words(largest, smallest, trace=(10.0, 1.0), name="hessian"):
+        ends = {end: {"values": [v], "bounds": [b]} for end, (v, b) in (("largest", largest), ("smallest", smallest))}
+        return _words(name, {**ends, "trace": dict(zip(("value", "stderr"), trace))})
+
+    assert words((4.0, 0.1), (-1.0, 0.5)).startswith(
+        "Gradient descent on this loss is stable up to a learning rate of 2 / 4 = 0.5."
+    )
+    assert "not at a minimum" in words((4.0, 0.1), (-1.0, 0.5))
+    assert "valley" in words((4.0, 0.1), (0.0, 0.01))
+    assert "more Lanczos steps would tell" in words((4.0, 0.1), (0.0, 0.5))
+    assert words((4.0, 3.0), (-1.0, 0.5)).startswith("The largest eigenvalue was not found")
+    assert "40% of the trace" in words((4.0, 0.1), (0.0, 0.01))
+    assert "trace" not in words((4.0, 0.1), (0.0, 0.01), trace=(10.0, float("nan")))
+    assert "minimum" not in words((4.0, 0.1), (-1.0, 0.5), name="ggn")
 
 
 @pytest.mark.parametrize("steps", [4, 8, 15])

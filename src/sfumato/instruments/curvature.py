@@ -51,6 +51,8 @@ NEGATIVE = 1e-4
 """Share of the largest size below which an eigenvalue counts as zero."""
 UNSURE = 0.5
 """Share of its size up to which an eigenvalue may be off and is still shown."""
+FLAT = 0.01
+"""Share of the largest eigenvalue down to which a negative one is called flat."""
 LAYERS_SHOWN = 15
 
 
@@ -127,10 +129,10 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
             late = plan.limit is not None and start > 0 and progress.seconds * (start + 1) / start > OVERRUN * plan.limit
             if late:
                 break
-            z = torch.randint(2, (plan.chosen["dimension"],), generator=generator, device=generator.device).mul_(2).sub_(1)
+            z = torch.randint(2, (plan.chosen["dimension"],), generator=generator, device=generator.device, dtype=torch.int8)
             for name, operator in operators.items():
                 progress.stage(f"{NAMES[name]}, start {start + 1} of {starts}")
-                runs[name].append(_run(lanczos(operator, steps, start=z), steps, slices))
+                runs[name].append(_run(lanczos(operator, steps, start=2 * z - 1), steps, slices))
     runs = {name: done for name, done in runs.items() if done}
     if not runs:
         raise Interrupted("stopped before anything was measured: the first start was not finished")
@@ -362,22 +364,22 @@ def _layer_bars(name: str, one: Mapping[str, Any], runs: Sequence[_Run]) -> Plot
 
 
 def _words(name: str, one: Mapping[str, Any]) -> str:
-    """What the figures say."""
-    largest, smallest = one["largest"]["values"], one["smallest"]["values"][0]
-    if one["largest"]["bounds"][0] > UNSURE * abs(largest[0]):
+    """What the figures say, and no more than their errors allow."""
+    (largest, reach), (smallest, depth) = ((one[end]["values"][0], one[end]["bounds"][0]) for end in ("largest", "smallest"))
+    trace, spread = one["trace"]["value"], one["trace"]["stderr"]
+    if reach > UNSURE * abs(largest):
         return "The largest eigenvalue was not found: more Lanczos steps are needed, so more minutes or fewer samples."
-    if largest[0] <= 0:
-        return "No direction curves upwards: the largest eigenvalue found is not above zero."
-    words = [f"Gradient descent on this loss is stable up to a learning rate of 2 / {largest[0]:.3g} = {2 / largest[0]:.2g}."]
-    if name == "hessian":
-        depth = -smallest / largest[0]
-        words.append(
-            f"The most negative eigenvalue is {smallest:.3g}: these weights are not at a minimum."
-            if depth > 0.01
-            else "No eigenvalue is clearly negative: these weights lie in a valley or on its floor."
-        )
-    if one["trace"]["value"] > 0:
-        words.append(f"The largest eigenvalue is {largest[0] / one['trace']['value']:.0%} of the trace.")
+    if largest <= 0:
+        return "No direction curves upwards: the largest eigenvalue is not above zero."
+    words = [f"Gradient descent on this loss is stable up to a learning rate of 2 / {largest:.3g} = {2 / largest:.2g}."]
+    if name == "hessian" and smallest < -FLAT * largest:
+        words.append(f"The most negative eigenvalue is {smallest:.3g}: these weights are not at a minimum.")
+    elif name == "hessian" and depth <= FLAT * largest:
+        words.append("No eigenvalue is clearly negative: these weights lie in a valley or on its floor.")
+    elif name == "hessian":
+        words.append("Whether an eigenvalue is clearly negative, more Lanczos steps would tell.")
+    if spread <= UNSURE * trace:
+        words.append(f"The largest eigenvalue is {largest / trace:.0%} of the trace.")
     return " ".join(words).replace(" -", " −")
 
 
