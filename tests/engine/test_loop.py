@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from sfumato.engine import Run, fit
-from sfumato.errors import BadSetting, Diverged
+from sfumato.engine.loop import as_data
+from sfumato.errors import BadData, BadSetting, Diverged
 from sfumato.method import Loss
 
 
@@ -160,3 +161,20 @@ def test_a_persons_own_loader(tmp_path):
 def test_bf16_trains():
     method = fit(kinds.Masked(), kinds.data(), steps=3, precision="bf16", device="cpu", progress=False)
     assert method.net[0].weight.dtype == torch.float32
+
+
+def test_a_method_sees_its_data_once_before_it_trains(tmp_path):
+    class Surveying(kinds.Masked):
+        seen = 0
+
+        def survey(self, batches):
+            type(self).seen += sum(len(b) for b in batches)
+
+    run = new_run(tmp_path, "surveying")
+    fit(Surveying(), kinds.data(), run=run, steps=3, device="cpu", progress=False)
+    count = len(as_data(kinds.data()))
+    assert Surveying.seen == count
+    fit(Surveying(), kinds.data(), run=run, steps=3, device="cpu", progress=False)  # goes on from a checkpoint
+    assert Surveying.seen == count
+    with pytest.raises(BadData, match="can be indexed"):
+        fit(Surveying(), iter([]), steps=3, device="cpu", progress=False)

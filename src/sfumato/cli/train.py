@@ -126,8 +126,9 @@ def work(run: Run, method: Method, images: Any, config: dict[str, Any], main: bo
     for name, value in last.get("eval", {}).items():
         say(f"{name}: {value:.4g}")
     say(f"{run.path}  ({last['step']} steps, {last['seconds']:.0f} s)\nreport: {page}")
-    draws = next(iter(capabilities(method)), None) == "sample"
-    hint(f"next: sfumato sample {run.path} -n 64 -o grid.png" if draws else f"next: sfumato apply {run.path} PICTURE... -o OUT")
+    following = {"sample": "sample {} -n 64 -o grid.png", "search": "apply {} designs.npz -o better.npz"}
+    verb = next(iter(capabilities(method)), "")
+    hint(f"next: sfumato {following.get(verb, 'apply {} PICTURE... -o OUT').format(run.path)}")
     return run.path
 
 

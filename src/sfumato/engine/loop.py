@@ -41,7 +41,7 @@ from sfumato.engine.progress import Progress
 from sfumato.engine.randomness import key, seed_everything
 from sfumato.engine.run_folder import Run
 from sfumato.engine.stream import Stream, stream, stream_loader
-from sfumato.errors import BadCheckpoint, BadSetting, Diverged, Interrupted, MissingExtra, SfumatoError
+from sfumato.errors import BadCheckpoint, BadData, BadSetting, Diverged, Interrupted, MissingExtra, SfumatoError
 from sfumato.method import Batch, Context, Method, Result
 
 
@@ -142,6 +142,8 @@ class Trainer:
         generator = torch.Generator(self.device)
         self.ctx = Context(0, steps or method.config.steps, options.seed, generator, sum=self._sum)
         saved = self._load()
+        if not saved:
+            self._survey()
         self.ctx.optimizers = method.optimizers()
         self.ema = self._ema(saved)
         for name, state in saved.get("optimizers", {}).items():
@@ -314,6 +316,15 @@ class Trainer:
         load_weights(self.method, saved["method"], last)
         self.ctx.step, self.ctx.total = saved["step"], saved["total"]
         return saved
+
+    def _survey(self) -> None:
+        """Show a fresh method its data, where it wants to see it."""
+        if type(self.method).survey is Method.survey:
+            return
+        if not hasattr(self.data, "__getitem__"):
+            raise BadData(f"{type(self.method).__name__} looks at its data before it trains: give data that can be indexed")
+        with torch.no_grad():
+            self.method.survey(b.to(self.device) for b in epoch(self.data, self.method.config.batch_size))
 
     def _ema(self, saved: dict[str, Any]) -> Any:
         if self.options.ema is None:
