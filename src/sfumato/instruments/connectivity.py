@@ -29,7 +29,7 @@ from sfumato.instruments.model_words import difference
 from sfumato.instruments.progress import Progress
 from sfumato.instruments.subject import Subject
 from sfumato.instruments.timing import samples_that_fit, seconds_a_sample
-from sfumato.probes.functional_model import eval_mode
+from sfumato.nn.at_rest import eval_mode
 from sfumato.probes.paths import Curve, State, barrier, fork_geometry, layerwise_barrier, path_loss
 from sfumato.probes.permutation import match_permutation
 

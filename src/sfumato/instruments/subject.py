@@ -37,7 +37,7 @@ from sfumato.instruments.kinds import Setup
 from sfumato.instruments.model_words import load_into, make_timm, named_object, open_module, timm_input
 from sfumato.instruments.own_loss import OwnLoss
 from sfumato.method import Method
-from sfumato.probes.functional_model import eval_mode, exact_arithmetic
+from sfumato.nn.at_rest import eval_mode, exact_arithmetic
 from sfumato.probes.operators import LossFunction
 
 LOSSES: dict[str, LossFunction] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
