@@ -134,6 +134,8 @@ def test_there_is_always_one_product_and_memory_bounds_the_steps(net, data):
     assert (once.about["plan"]["steps"], once.about["plan"]["starts"]) == (1, 1)
     assert once.numbers["hessian"]["trace"]["value"] == once.numbers["hessian"]["starts"][0]["trace"]
     assert any("one start" in note for note in once.notes)
+    assert once.headline["largest eigenvalue (Hessian)"] == "not found yet"
+    assert [section.title for section in once.sections] == ["Eigenvalues"]
 
 
 def test_samples_are_left_out_where_the_time_is_short(net):

@@ -303,8 +303,8 @@ def _findings(found: dict[str, dict[str, Any]], runs: Mapping[str, list[_Run]], 
     headline = {
         "loss": at["loss"],
         "gradient norm": at["gradient_norm"],
-        f"largest eigenvalue ({NAMES[lead]})": (largest["values"][0], largest["bounds"][0]),
-        f"smallest eigenvalue ({NAMES[lead]})": (smallest["values"][0], smallest["bounds"][0]),
+        f"largest eigenvalue ({NAMES[lead]})": _outermost(largest),
+        f"smallest eigenvalue ({NAMES[lead]})": _outermost(smallest),
         f"trace ({NAMES[lead]})": (trace["value"], trace["stderr"]),
     }
     density = {NAMES[name]: (one["density"]["t"], _phi(runs[name], one["density"])) for name, one in found.items()}
@@ -314,19 +314,26 @@ def _findings(found: dict[str, dict[str, Any]], runs: Mapping[str, list[_Run]], 
             "Outermost first. Each is a bound from inside: the true one is at least as far out. ± says how far off it can be, "
             "where that would change the digits shown; what is less certain than half its size is left out.",
             [Table(_rows(found))],
-        ),
-        Section(
-            "Spectral density",
-            "How many eigenvalues have which size: the mean over starts, and the 95 % interval of that mean. "
-            f"Every eigenvalue is drawn as a bell of width {found[lead]['density']['sigma']:.2g}.",
-            [Plot("spectrum", {name: curve}, {"xlabel": f"eigenvalue, {name}"}) for name, curve in density.items()],
-        ),
+        )
     ]
+    if len(runs[lead][0].nodes) > 1:
+        text = (
+            "How many eigenvalues have which size: the mean over starts, and the 95 % interval of that mean. "
+            f"Every eigenvalue is drawn as a bell of width {found[lead]['density']['sigma']:.2g}."
+        )
+        plots = [Plot("spectrum", {name: curve}, {"xlabel": f"eigenvalue, {name}"}) for name, curve in density.items()]
+        sections.append(Section("Spectral density", text, plots))
     if layers := _layer_bars(lead, found[lead], runs[lead]):
         sections.append(
             Section("Trace by layer", "Where the curvature sits: the part of the trace on each layer's weights.", [layers])
         )
     return Findings({**at, **found}, headline, _words(lead, found[lead]), sections)
+
+
+def _outermost(end: Mapping[str, Sequence[float]]) -> tuple[float, float] | str:
+    """The first eigenvalue of an end and its error; one product alone says nothing of it."""
+    value, bound = end["values"][0], end["bounds"][0]
+    return (value, bound) if math.isfinite(bound) else "not found yet"
 
 
 def _phi(runs: Sequence[_Run], density: Mapping[str, Any]) -> Tensor:

@@ -49,7 +49,7 @@ class Progress:
             from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            columns = ("[bold]{task.description}", BarColumn(), "{task.fields[stage]}", TimeElapsedColumn(), TextColumn("left"))
+            columns = ("[bold]{task.description}", BarColumn(24), "{task.fields[stage]}", TimeElapsedColumn(), TextColumn("left"))
             bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
             self._bar = self._open.enter_context(bar)
             self._task = bar.add_task(self.title, total=self.total, stage="")

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-PIECE = 4
-"""Samples that are timed first."""
+PIECE, GROWTH = 4, 8
+"""Samples that are timed first, and how many times more where that was quick: a call has a cost of its own."""
 SHARE, LONGEST = 0.05, 3.0
 """Of the allowed time, what one timing may take; seconds, where no time was given."""
 
@@ -19,7 +19,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 def seconds_a_sample(
     work: Callable[[Pairs], object], batch: tuple[Tensor, Tensor], limit: float | None, device: torch.device, *, cut: bool = True
 ) -> float:
-    """Seconds for each sample of a batch: of a few samples, and where that is quick of the whole batch.
+    """Seconds for each sample of a batch: of a few samples, then of more, up to the whole batch where that is quick.
 
     Args:
         work: on pairs (inputs, targets); whole or in part.
@@ -29,12 +29,16 @@ def seconds_a_sample(
         cut: whether a batch can be cut (that of a method's own loss cannot).
     """
     patience = LONGEST if limit is None else SHARE * limit
-    piece = PIECE if cut else len(batch[0])
-    few = (batch[0][:piece], batch[1][:piece])
-    found = seconds_of(lambda: work([few]), device, patience) / len(few[0])
-    if 2 * found * len(batch[0]) < patience and len(batch[0]) > piece:
-        found = seconds_of(lambda: work([batch]), device, patience) / len(batch[0])
-    return found
+    whole = len(batch[0])
+    size = min(PIECE, whole) if cut else whole
+    work([(batch[0][:1], batch[1][:1]) if cut else batch])  # sets things up, which can take longer than the work itself
+    while True:
+        part = (batch[0][:size], batch[1][:size])
+        found = seconds_of(lambda part=part: work([part]), device, patience) / size  # type: ignore[misc]
+        larger = min(whole, GROWTH * size)
+        if size == whole or 2 * found * larger > patience:
+            return found
+        size = larger
 
 
 def samples_that_fit(count: int, seconds: float, times: int, limit: float | None, fewest: int) -> int:
@@ -47,7 +51,7 @@ def samples_that_fit(count: int, seconds: float, times: int, limit: float | None
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, patience: float = LONGEST) -> float:
-    """Seconds of `work`: of a second run, since the first one sets things up, unless the first took longer than `patience`."""
+    """Seconds of `work`: the faster of two runs, or of one that took longer than `patience`."""
     found: list[float] = []
     while len(found) < 2 and sum(found) <= patience:
         started = time.perf_counter()
