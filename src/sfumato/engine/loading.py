@@ -85,7 +85,7 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
-            raise BadSetting(f"--set {pair!r} is no NAME=VALUE, such as --set batch_size=32")
+            raise BadSetting(f"{pair!r} is no NAME=VALUE, such as batch_size=32")
         try:
             value = yaml.safe_load(text)
             found[name.strip()] = float(value) if isinstance(value, str) and _is_number(value) else value

@@ -248,11 +248,7 @@ class Trainer:
     def _finish(self, held_out: Any, seconds: float) -> None:
         figures: dict[str, float] = {}
         if self.main and held_out is not None:
-            self.method.eval()
-            with torch.no_grad():
-                figures = self.method.evaluate(
-                    batch.to(self.device) for batch in epoch(as_data(held_out), self.method.config.batch_size)
-                )
+            figures = evaluate(self.method, as_data(held_out))
         if self.run is not None:
             self._save()
             if self.main:
@@ -397,6 +393,13 @@ def epoch(data: Any, batch_size: int, augment: Callable[..., Any] | None = None,
         batch.append(sample)
     if batch:
         yield collate(batch)
+
+
+@torch.no_grad()
+def evaluate(method: Method, held_out: Any) -> dict[str, float]:
+    """A method's figures on held-out data; leaves it in eval mode."""
+    batches = epoch(held_out, method.config.batch_size)
+    return method.eval().evaluate(batch.to(method.device) for batch in batches)
 
 
 @torch.no_grad()
