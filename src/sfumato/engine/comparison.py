@@ -13,12 +13,14 @@ paired. One training is a *trial*; it runs in a fresh process of one thread, and
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -184,8 +186,10 @@ def compare(
     place = data if isinstance(data, str) else None
     store = Store(None if out is None else Path(out), place, f"{summary(train)}, held out: {how}", processes)
 
-    timing = [Job(arm, chosen[0], preset, device, alone=processes > 0) for arm in parsed]
-    costs = dict(zip((a.label for a in parsed), _run(timing, data, processes, store, methods, report)))
+    rounds = range(max(1, processes))  # every arm as often, and always as many at once
+    timing = [Job(arm, chosen[i % len(chosen)], preset, device, alone=processes > 0) for i in rounds for arm in parsed]
+    timed = _run(timing, data, processes, store, methods, report)
+    costs = {arm.label: _averaged(timed[i :: len(parsed)]) for i, arm in enumerate(parsed)}
     plan = {}
     for arm in parsed:
         cost = costs[arm.label]
@@ -211,6 +215,7 @@ def compare(
             if job.seed == chosen[0]:
                 record["pictures"][label] = result["pictures"]
         record["differences"] = differences(record)
+        notes += _missed(record)
     record |= {
         "kept": store.found, "seconds": round(time.monotonic() - started, 1),
         "machine": f"{platform.machine()}, {f'{max(1, processes)} x 1 thread' if on_cpu else device}", **provenance(),
@@ -315,6 +320,25 @@ def _unlike(methods: Mapping[str, Method]) -> list[str]:
     return notes
 
 
+def _averaged(timed: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several timings of one arm as one."""
+    seconds = {name: statistics.fmean(t[name] for t in timed) for name in timed[0] if name.endswith("_seconds")}
+    return {**timed[0], **seconds}
+
+
+def _missed(record: Mapping[str, Any]) -> list[str]:
+    """Arms whose time came out otherwise than the budget said, since steps are fixed beforehand."""
+    notes = []
+    for arm in record["arms"] if record["held"] == "minutes" else ():
+        took, given = statistics.fmean(s[arm["label"]]["seconds"] for s in record["costs"].values()), 60 * record["budget"]
+        if abs(took - given) > 0.15 * given:
+            notes.append(
+                f"{arm['label']} took {took:.3g} s of the {given:.3g} s that it was given: its steps are fixed beforehand, "
+                "and the speed of the machine has changed since."
+            )
+    return notes
+
+
 def _described(arm: Arm, method: Method, cost: Mapping[str, Any], steps: int) -> dict[str, Any]:
     config = {**method.config.model_dump(mode="json"), "steps": steps}
     return {
@@ -411,7 +435,7 @@ def run_trial(job: Job, data: Any) -> dict[str, Any]:
     if job.alone and on_cpu:
         torch.set_num_threads(1)
     kind = catalogue.load_method(job.arm.slug)
-    resting = resident_memory()
+    resting = resident_memory() if on_cpu else 0  # what Python and the libraries take
     train, held_out, _ = split(data)
     settings = {**job.arm.settings, **({"steps": job.steps} if job.steps else {})}
 
@@ -425,7 +449,7 @@ def run_trial(job: Job, data: Any) -> dict[str, Any]:
         ready = time.perf_counter()
         evaluate(method, held_out)
         seconds = time.perf_counter() - ready
-        memory = {"memory": cost.memory if job.alone else None, "resting_memory": resting if job.alone else None}
+        memory = {"memory": cost.memory if job.alone else None}
         return {**cost._asdict(), **memory, "evaluate_seconds": seconds, "setup_seconds": ready - began}
     options = replace(options, log_every=max(1, job.steps // CURVE_POINTS))
     trainer = Watched(method, train, options, held_out, job.marks, job.steps)
@@ -445,7 +469,7 @@ def run_trial(job: Job, data: Any) -> dict[str, Any]:
         "figures": figures, "untrained": untrained, "curves": trainer.curve, "evaluations": trainer.evaluations,
         "costs": {
             "seconds": seconds, "images_per_second": job.steps * method.config.batch_size / seconds,
-            "memory": trainer.memory if job.alone else None,
+            "memory": trainer.memory if job.alone else None, "resting_memory": resting if job.alone else None,
         },
         "pictures": pictures,
     }  # fmt: skip
@@ -582,7 +606,7 @@ def _run(
 
 def _in_a_process(job: Job, data: Any) -> dict[str, Any]:
     """One trial in a fresh process, so that its memory is its own and a crash is told."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as one:
+    with ProcessPoolExecutor(1, mp_context=_processes()) as one:
         try:
             return one.submit(run_trial, job, data).result()
         except BrokenProcessPool:
@@ -590,6 +614,16 @@ def _in_a_process(job: Job, data: Any) -> dict[str, Any]:
                 f"the process of {job.arm.label}, seed {job.seed} was killed, perhaps for want of memory: "
                 "try fewer processes or a smaller batch_size"
             ) from None
+
+
+@functools.cache
+def _processes() -> Any:
+    """How fresh processes are made: on Linux each is a copy of one that has only imported what trials need."""
+    if sys.platform != "linux":
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__, "accelerate", "torchvision.transforms.v2", "timm.optim", "sklearn.linear_model"])
+    return context
 
 
 def _estimate(costs: Mapping[str, Any], plan: Mapping[str, Any], seeds: int, processes: int) -> dict[str, Any]:
