@@ -35,7 +35,6 @@ import torch
 from sfumato import catalogue
 from sfumato.claim import Better, paired_interval
 from sfumato.data import Batch, ImageSet, open_data
-from sfumato.data.folders import hold_out
 from sfumato.data.image_set import as_unit, summary
 from sfumato.engine.lab import provenance
 from sfumato.engine.loading import build, parse_settings
@@ -328,15 +327,14 @@ def _averaged(timed: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _missed(record: Mapping[str, Any]) -> list[str]:
     """Arms whose time came out otherwise than the budget said, since steps are fixed beforehand."""
-    notes = []
-    for arm in record["arms"] if record["held"] == "minutes" else ():
-        took, given = statistics.fmean(s[arm["label"]]["seconds"] for s in record["costs"].values()), 60 * record["budget"]
-        if abs(took - given) > 0.15 * given:
-            notes.append(
-                f"{arm['label']} took {took:.3g} s of the {given:.3g} s that it was given: its steps are fixed beforehand, "
-                "and the speed of the machine has changed since."
-            )
-    return notes
+    if record["held"] != "minutes":
+        return []
+    given = 60 * record["budget"]
+    took = {a["label"]: statistics.fmean(s[a["label"]]["seconds"] for s in record["costs"].values()) for a in record["arms"]}
+    if all(abs(seconds - given) <= 0.15 * given for seconds in took.values()):
+        return []
+    told = ", ".join(f"{label} {seconds:.3g} s" for label, seconds in took.items())
+    return [f"Of {given:.3g} s that each arm was given, took: {told}. Steps are fixed beforehand, and the machine's speed changed."]
 
 
 def _described(arm: Arm, method: Method, cost: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -360,10 +358,10 @@ def split(data: Any) -> tuple[ImageSet, ImageSet, str]:
         return train, test, "the test part of the data"
     if len(train) == 1:
         return train, train, "nothing: the one sample is trained on and judged on"
-    kept, given = hold_out(train.names, 0.1)
-    if not given:
-        kept, given = list(range(len(train) - 1)), [len(train) - 1]
-    return train.select(kept), train.select(given), f"{len(given)} of {len(train)}, chosen by their names"
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(key("held out"))).tolist()
+    count = -(-len(train) // 10)
+    kept, given = sorted(order[count:]), sorted(order[:count])
+    return train.select(kept), train.select(given), f"{count} of {len(train)}, drawn once for all"
 
 
 def _few(data: ImageSet, count: int, side: int, seed: int) -> Batch:
@@ -499,7 +497,10 @@ def _save_pictures(job: Job, method: Method, held_out: ImageSet) -> dict[str, st
 
     batch, files = _squares(held_out, range(min(SHOWN, len(held_out))), None), {}
     Path(job.pictures).parent.mkdir(parents=True, exist_ok=True)
-    for row, images in preview(method, batch, 0).items():
+    rows = preview(method, batch, 0)
+    if batch.target is not None and batch.target.ndim == 4:
+        rows.setdefault("target", batch.target)
+    for row, images in rows.items():
         path = Path(f"{job.pictures}-{re.sub(r'[^a-z0-9]+', '-', row.lower())}.png")
         strip = make_grid(images, nrow=len(images), padding=2, pad_value=1)
         save_image(strip[:, 2:-2, 2:-2] if len(images) > 1 else strip, path)

@@ -34,7 +34,6 @@ from sfumato.report.style import Figure
 OUTCOMES = {"better": "reproduced", "worse": "not reproduced"}
 """The colours of outcomes are those of verdicts."""
 PROBES = ("few_label_accuracy", "linear_probe", "knn_probe")
-BEFORE = ("noisy", "input", "masked")
 SHORT = 1000
 """Steps below which probes of features are called too early."""
 
@@ -78,7 +77,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         facts["data"] = str(record["data"])
     if isinstance(record.get("seconds"), (int, float)):
         facts["time"] = duration(record["seconds"])
-    return facts | {name: record[name] for name in ("date", "commit") if record.get(name)}
+    return facts | ({"date": record["date"]} if record.get("date") else {})
 
 
 def _words(name: str) -> str:
@@ -99,8 +98,12 @@ def _mean(values: Sequence[float]) -> str:
     mean, low, high = paired_interval(finite)
     if not math.isfinite(low) or high - low < 1e-9 * abs(mean):
         return number(mean)
-    told = [text.lstrip("+") for text in interval_text(mean, low, high)]
-    return f"{told[0]} [{told[1]}, {told[2]}]"
+    return _range(*(text.lstrip("+") for text in interval_text(mean, low, high)))
+
+
+def _range(mean: str, low: str, high: str) -> str:
+    """A mean and its limits, which stay on one line."""
+    return f"{mean}\u00a0[{low},\u00a0{high}]"
 
 
 def _table(record: Mapping[str, Any], part: str, metrics: Sequence[str]) -> list[list[Any]]:
@@ -145,10 +148,14 @@ def _row(difference: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _told(difference: Mapping[str, Any]) -> list[str]:
-    low, high = (math.nan if difference[k] is None else difference[k] for k in ("low", "high"))
-    mean, low_text, high_text = interval_text(difference["mean"], low, high)
-    told = mean if math.isnan(low) else f"{mean} [{low_text}, {high_text}]"
-    return [difference["arm"], _words(difference["metric"]), told, difference["outcome"]]
+    limits = [math.inf if difference[k] is None else difference[k] for k in ("low", "high")]
+    return [difference["arm"], _words(difference["metric"]), _signed(difference["mean"], *limits), difference["outcome"]]
+
+
+def _signed(mean: float, low: float, high: float) -> str:
+    """A difference, with its interval where there is one."""
+    told = interval_text(mean, low, high)
+    return _range(*told) if math.isfinite(high) else told[0]
 
 
 def _tell_own_losses(page: Page, record: Mapping[str, Any], metrics: Sequence[str]) -> None:
@@ -223,9 +230,7 @@ def _show_features(page: Page, record: Mapping[str, Any]) -> None:
         for metric in probes:
             after, before = (_values(record[part], arm["label"], metric) for part in ("figures", "untrained"))
             gain = paired_interval([a - b for a, b in zip(after, before)])
-            told = interval_text(*gain)
-            gained = f"{told[0]} [{told[1]}, {told[2]}]" if math.isfinite(gain.low) else told[0]
-            rows.append([arm["label"], _words(metric), statistics.fmean(before), statistics.fmean(after), gained])
+            rows.append([arm["label"], _words(metric), statistics.fmean(before), statistics.fmean(after), _signed(*gain)])
     page.table(rows, ["arm", "probe", "untrained", "trained", "gain"])
     if min(arm["steps"] for arm in record["arms"]) < SHORT:
         page.text(
@@ -236,24 +241,29 @@ def _show_features(page: Page, record: Mapping[str, Any]) -> None:
 
 
 def _show_pictures(page: Page, record: Mapping[str, Any], folder: Path | None) -> None:
-    """The arms' pictures of the same held-out samples; what is equal in all arms is shown once."""
-    shown: dict[str, Path] = {}
-    seen: set[bytes] = set()
-    if folder is None:
+    """The arms' pictures of the same held-out samples; a row that is equal in all arms is shown once."""
+    arms = {label: files for label, files in record.get("pictures", {}).items() if files}
+    if folder is None or not arms:
         return
-    rows = list(dict.fromkeys(row for rows in record.get("pictures", {}).values() for row in rows))
-    for row in rows:
-        for label, files in record["pictures"].items():
-            path = folder / files.get(row, "")
-            if path.is_file() and (content := path.read_bytes()) not in seen:
-                seen.add(content)
-                every = all((folder / f.get(row, "")).is_file() and (folder / f[row]).read_bytes() == content
-                            for f in record["pictures"].values())  # fmt: skip
-                shown[row if every else f"{label}: {row}"] = path
-    if not shown:
-        return
+    found: dict[str, dict[str, Path]] = {}
+    for row in dict.fromkeys(row for files in arms.values() for row in files):
+        paths = {label: folder / files[row] for label, files in arms.items() if row in files}
+        found[row] = {label: path for label, path in paths.items() if path.is_file()}
+    shared = {row: next(iter(paths.values())) for row, paths in found.items() if _alike(paths, len(arms))}
+    own = {row: paths for row, paths in found.items() if row not in shared and paths}
     page.section("Pictures", intro=f"The same held-out samples for every arm, after training with seed {record['seeds'][0]}.")
-    page.pictures(shown, cols=1 if len(shown) < 3 else 2)
+    target = shared.get("target")
+    before = next((row for row in shared if row != "target"), None)
+    if record.get("job") == "restore" and before and own:
+        page.slider(shared[before], next(iter(own.values())), (before, ""), reference=target, reference_label="target")
+    columns = min(len(arms), 4)
+    page.pictures(shared, cols=columns)
+    page.pictures({f"{label}: {row}": path for row, paths in own.items() for label, path in paths.items()}, cols=columns)
+
+
+def _alike(paths: Mapping[str, Path], arms: int) -> bool:
+    """Whether all arms have this picture and it is the same."""
+    return len(paths) == arms and len({path.read_bytes() for path in paths.values()}) == 1
 
 
 def _show_costs(page: Page, record: Mapping[str, Any]) -> None:
