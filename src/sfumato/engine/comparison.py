@@ -174,7 +174,7 @@ def compare(
     chosen = list(range(seeds) if isinstance(seeds, int) else seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise BadSetting(f"seeds={seeds}: give at least 1, each once ({ENOUGH_SEEDS} for a verdict)")
-    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    on_cpu = _on_cpu(device)
     processes = (2 if on_cpu else 1) if processes is None else processes
     minutes = 1.0 if steps is None and minutes is None else minutes
     parsed, notes = resolve(arms, settings or {})
@@ -427,50 +427,79 @@ class Watched(Trainer):
 
 
 def run_trial(job: Job, data: Any) -> dict[str, Any]:
-    """Time one arm, or train it with one seed and take its figures; everything in it is plain."""
-    began = time.perf_counter()
-    on_cpu = job.device == "cpu" or not torch.accelerator.is_available()
-    if job.alone and on_cpu:
-        torch.set_num_threads(1)
-    kind = catalogue.load_method(job.arm.slug)
-    resting = resident_memory() if on_cpu else 0  # what Python and the libraries take
-    train, held_out, _ = split(data)
-    settings = {**job.arm.settings, **({"steps": job.steps} if job.steps else {})}
+    """Time one arm, or train it with one seed and take its figures; what comes back is plain.
 
-    def fresh() -> Method:
-        return build(kind, train.facts, preset=job.preset, settings=settings, seed=job.seed, device=job.device)
-
-    method = fresh()
-    options = Options(seed=job.seed, device=job.device, workers=0 if on_cpu else None)
-    if job.steps is None:
-        cost = rehearse(Trainer(method, train, options), at_least=2.0 if job.alone else 0.0)
-        ready = time.perf_counter()
-        evaluate(method, held_out)
-        seconds = time.perf_counter() - ready
-        memory = {"memory": cost.memory if job.alone else None}
-        return {**cost._asdict(), **memory, "evaluate_seconds": seconds, "setup_seconds": ready - began}
-    options = replace(options, log_every=max(1, job.steps // CURVE_POINTS))
-    trainer = Watched(method, train, options, held_out, job.marks, job.steps)
+    Raises:
+        Diverged: a loss is no longer finite; the line says of which arm.
+    """
     try:
-        trainer.train(show=False)
+        return _timed(job, data) if job.steps is None else _trained(job, data, job.steps)
     except Diverged as error:
-        raise Diverged(f"{job.arm.label}, seed {job.seed}: {error}") from None
+        when = "while it was timed" if job.steps is None else f"seed {job.seed}"
+        raise Diverged(f"{job.arm.label}, {when}: {error}") from None
+
+
+class Desk:
+    """What a trial works with: its data, options, and methods as they start.
+
+    Args:
+        resting: bytes of this process before a method was made: Python and the libraries.
+    """
+
+    def __init__(self, job: Job, data: Any) -> None:
+        on_cpu = _on_cpu(job.device)
+        if job.alone and on_cpu:
+            torch.set_num_threads(1)
+        self.job, self.kind = job, catalogue.load_method(job.arm.slug)
+        self.resting = resident_memory() if on_cpu else 0
+        self.train, self.held_out, _ = split(data)
+        self.options = Options(seed=job.seed, device=job.device, workers=0 if on_cpu else None)
+
+    def method(self) -> Method:
+        """The method at its first weights."""
+        job, settings = self.job, dict(self.job.arm.settings)
+        if job.steps:
+            settings["steps"] = job.steps
+        return build(self.kind, self.train.facts, preset=job.preset, settings=settings, seed=job.seed, device=job.device)
+
+
+def _timed(job: Job, data: Any) -> dict[str, Any]:
+    """What a step, an evaluation and the way to them take."""
+    began = time.perf_counter()
+    desk = Desk(job, data)
+    trainer = Trainer(desk.method(), desk.train, desk.options)
+    cost = rehearse(trainer, at_least=2.0 if job.alone else 0.0)
+    ready = time.perf_counter()
+    evaluate(trainer.method, desk.held_out)
+    seconds = {"evaluate_seconds": time.perf_counter() - ready, "setup_seconds": ready - began}
+    return {**cost._asdict(), "memory": cost.memory if job.alone else None, **seconds}
+
+
+def _trained(job: Job, data: Any, steps: int) -> dict[str, Any]:
+    """Figures, curves, costs and pictures of one training."""
+    desk = Desk(job, data)
+    method, train, held_out = desk.method(), desk.train, desk.held_out
+    options = replace(desk.options, log_every=max(1, steps // CURVE_POINTS))
+    trainer = Watched(method, train, options, held_out, job.marks, steps)
+    trainer.train(show=False)
     seconds = trainer.curve["seconds"][-1]
     figures = {k: v for k, v in trainer.evaluations[-1].items() if k not in ("step", "seconds")}
     pictures = _save_pictures(job, method, held_out)
-    before = fresh().to(trainer.device)
+    before = desk.method().to(trainer.device)
     untrained = evaluate(before, held_out)
     if train.items.labelled and next(iter(capabilities(method)), "") == "encode":
         figures |= probe(method, train, held_out, job.seed)
         untrained |= probe(before, train, held_out, job.seed)
+    memory = {"memory": trainer.memory, "resting_memory": desk.resting} if job.alone else {"memory": None, "resting_memory": None}
     return {
         "figures": figures, "untrained": untrained, "curves": trainer.curve, "evaluations": trainer.evaluations,
-        "costs": {
-            "seconds": seconds, "images_per_second": job.steps * method.config.batch_size / seconds,
-            "memory": trainer.memory if job.alone else None, "resting_memory": resting if job.alone else None,
-        },
+        "costs": {"seconds": seconds, "images_per_second": steps * method.config.batch_size / seconds, **memory},
         "pictures": pictures,
     }  # fmt: skip
+
+
+def _on_cpu(device: str) -> bool:
+    return device == "cpu" or not torch.accelerator.is_available()
 
 
 def probe(method: Any, train: ImageSet, held_out: ImageSet, seed: int) -> dict[str, float]:
