@@ -147,15 +147,15 @@ def test_arms_are_paired_and_differences_are_theirs():
     json.loads(json.dumps(record, allow_nan=False))
 
 
-def record_of(figures, slugs=("x", "x")):
-    arms = [{"label": label, "slug": slug} for label, slug in zip("ab", slugs)]
+def record_of(figures, slugs, steps):
+    arms = [{"label": label, "slug": slug, "steps": steps} for label, slug in zip("ab", slugs)]
     costs = {s: {a: {"images_per_second": 1.0} for a in "ab"} for s in figures}
     return {"arms": arms, "figures": figures, "costs": costs}
 
 
-def outcomes(gap, seeds=5, metric="psnr", slugs=("x", "x")):
+def outcomes(gap, seeds=5, metric="psnr", slugs=("x", "x"), steps=10):
     figures = {str(s): {"a": {metric: 30.0 + s}, "b": {metric: 30.0 + s + gap + 0.1 * (s % 2)}} for s in range(seeds)}
-    return {d["metric"]: d["outcome"] for d in differences(record_of(figures, slugs))}
+    return {d["metric"]: d["outcome"] for d in differences(record_of(figures, slugs, steps))}
 
 
 def test_outcomes_follow_the_interval_and_its_direction():
@@ -165,6 +165,12 @@ def test_outcomes_follow_the_interval_and_its_direction():
     assert outcomes(1.0, metric="mse")["mse"] == "worse"
     assert outcomes(1.0, seeds=4)["psnr"] == "no verdict"
     assert outcomes(1.0, seeds=1)["psnr"] == "no verdict"
+
+
+def test_probes_of_features_are_not_judged_after_a_few_steps():
+    assert outcomes(1.0, metric="linear_probe")["linear_probe"] == "too early"
+    assert outcomes(1.0, metric="linear_probe", steps=1000)["linear_probe"] == "better"
+    assert outcomes(1.0, metric="few_label_accuracy")["few_label_accuracy"] == "better"
 
 
 def test_own_losses_of_different_methods_are_not_judged():

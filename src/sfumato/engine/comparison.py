@@ -50,6 +50,8 @@ SIZES = ("dim", "depth", "heads", "width", "image_size", "patch", "batch_size")
 """Settings that make arms unlike in size; where arms share one and differ in it, it is said."""
 CURVE_POINTS, EVALUATIONS, SHOWN = 200, 4, 4
 """Points of a loss curve; evaluations spread over a training; pictures that are shown."""
+EARLY = 1000
+"""Steps before which probes of frozen features are not judged: masked training first makes them worse than a random network's."""
 PROBE_TRAIN, PROBE_TEST, FEW = 2000, 1000, 100
 """Samples that probes of features read and are judged on; labels of the few-label fine-tuning."""
 
@@ -690,6 +692,7 @@ def differences(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     A method's own loss is left out between different methods: they measure it with losses and masks of their own.
     """
     first, *others = record["arms"]
+    early = {"linear_probe", "knn_probe"} if min(arm["steps"] for arm in record["arms"]) < EARLY else set()
     seeds = list(record["figures"])
     both = {
         s: {a: {**record["figures"][s][a], "images_per_second": record["costs"][s][a]["images_per_second"]} for a in arms}
@@ -707,12 +710,11 @@ def differences(record: Mapping[str, Any]) -> list[dict[str, Any]]:
             if not all(map(math.isfinite, gaps)):
                 continue
             mean, low, high = _limits(gaps)
-            found.append(
-                {
-                    "metric": metric, "arm": arm["label"], "over": first["label"], "higher": better.higher,
-                    "mean": mean, "low": low, "high": high, "dots": gaps, "outcome": _outcome(low, high, len(seeds)),
-                }
-            )  # fmt: skip
+            outcome = "too early" if metric in early else _outcome(low, high, len(seeds))
+            found.append({
+                "metric": metric, "arm": arm["label"], "over": first["label"], "higher": better.higher,
+                "mean": mean, "low": low, "high": high, "dots": gaps, "outcome": outcome,
+            })  # fmt: skip
     return found
 
 

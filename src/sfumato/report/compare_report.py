@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from sfumato.claim import paired_interval
-from sfumato.engine.comparison import ENOUGH_SEEDS, FEW, higher_is_better, is_own_loss, metrics_of
+from sfumato.engine.comparison import EARLY, ENOUGH_SEEDS, FEW, higher_is_better, is_own_loss, metrics_of
 from sfumato.report.page import Page
 from sfumato.report.plots import curves, interval_text, number
 from sfumato.report.rows import dots, intervals
@@ -34,8 +34,6 @@ from sfumato.report.style import Figure
 OUTCOMES = {"better": "reproduced", "worse": "not reproduced"}
 """The colours of outcomes are those of verdicts."""
 PROBES = ("few_label_accuracy", "linear_probe", "knn_probe")
-SHORT = 1000
-"""Steps below which probes of features are called too early."""
 
 
 def write_compare_report(record: Mapping[str, Any], path: str | Path, *, pictures: str | Path | None = None) -> Path:
@@ -232,11 +230,10 @@ def _show_features(page: Page, record: Mapping[str, Any]) -> None:
             gain = paired_interval([a - b for a, b in zip(after, before)])
             rows.append([arm["label"], _words(metric), statistics.fmean(before), statistics.fmean(after), _signed(*gain)])
     page.table(rows, ["arm", "probe", "untrained", "trained", "gain"])
-    if min(arm["steps"] for arm in record["arms"]) < SHORT:
+    if min(arm["steps"] for arm in record["arms"]) < EARLY:
         page.text(
-            f"**Too early to tell from probes:** after fewer than {SHORT:,} steps, linear and kNN probes of averaged patches say "
-            "nothing about a method: masked pre-training first makes them worse than those of a random network. Fine-tuning on few "
-            "labels shows gains sooner."
+            f"**Too early to tell from probes:** after fewer than {EARLY:,} steps, linear and kNN probes of averaged patches say "
+            "nothing about a method: masked pre-training first makes them worse than those of a random network."
         )
 
 
@@ -283,26 +280,35 @@ def _show_costs(page: Page, record: Mapping[str, Any]) -> None:
             arm["label"], arm["trainable"], arm["steps"], int(arm["steps"] * arm["settings"]["batch_size"]), _mean(seconds),
             statistics.median(rate), None if peak is None else round(peak), None if own is None else round(own),
         ])  # fmt: skip
-    on_cpu = record.get("device", "cpu") == "cpu"
-    memory = (
-        "Memory: the peak of the whole process before its first evaluation; the last column leaves out what Python and the "
-        "libraries took before the method was made. " if on_cpu else "Memory: the peak of tensors on the device. "
-    ) if measured else "Memory is told only of processes of their own. "  # fmt: skip
     page.section("What it cost")
-    page.table(
-        rows,
-        ["arm", "parameters", "steps", "images seen", "seconds", "images/s", "peak memory, MiB", "of training, MiB"],
-        "Seconds: training with its loading, mean and 95 % interval over seeds. Images a second: the median. " + memory,
-    )
+    columns = ["parameters", "steps", "images seen", "seconds", "images/s", "peak memory, MiB", "of training, MiB"]
+    page.table(rows, ["arm", *columns])
+    page.text(_how_measured(record, measured))
     shown = [d for d in record["differences"] if d["metric"] == "images_per_second"]
-    processes = record.get("processes", 0)
-    page.text(
-        "Trainings of all arms took turns, seed by seed, " + (f"{processes} at once, each in a fresh process. " if processes > 1
-        else "one after the other. ") + ("The last of them may have had the machine to itself. " if processes > 1 else "")
-        + (f"{record['kept']} of them were finished earlier, perhaps under another load." if record.get("kept") else "")
-    )  # fmt: skip
     if shown:
         page.figure(intervals([_row({**d, "metric": "images a second"}) for d in shown]), "Throughput against the first arm.")
+
+
+def _how_measured(record: Mapping[str, Any], with_memory: bool) -> str:
+    """What the columns of the costs mean, and under which load they were taken."""
+    told = ["Seconds: training with its loading, mean and 95 % interval over seeds. Images a second: the median."]
+    if not with_memory:
+        told.append("Memory is told only of processes of their own.")
+    elif record.get("device", "cpu") == "cpu":
+        told.append(
+            "Memory: the peak of the whole process before its first evaluation; the last column leaves out what Python and the "
+            "libraries took before the method was made."
+        )
+    else:
+        told.append("Memory: the peak of tensors on the device.")
+    if record.get("processes", 0) > 1:
+        told.append(f"Trainings of all arms took turns, seed by seed, {record['processes']} at once, each in a fresh process.")
+        told.append("The last of them may have had the machine to itself.")
+    else:
+        told.append("Trainings of all arms took turns, seed by seed, one after the other.")
+    if record.get("kept"):
+        told.append(f"{record['kept']} of them were finished earlier, perhaps under another load.")
+    return " ".join(told)
 
 
 def _show_settings(page: Page, record: Mapping[str, Any]) -> None:
