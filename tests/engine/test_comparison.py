@@ -11,7 +11,7 @@ from sfumato.engine.comparison import Arm, compare, differences, parse_arm, reso
 from sfumato.errors import BadData, BadSetting, Diverged, UnknownName
 
 HERE = {"processes": 0, "device": "cpu"}
-TINY = {"image_size": 8, "patch": 2, "mask_unit": 4, "dim": 16, "depth": 1, "decoder_dim": 16, "crop_scale": None, "batch_size": 8}
+TINY = {"image_size": 8, "patch": 2, "mask_unit": 4, "dim": 16, "depth": 1, "decoder_dim": 16, "crop_scale": None}
 ADAM, SGD = "classifier:optimizer=adam,lr=1e-2", "classifier:optimizer=sgd,lr=1e-2"
 
 

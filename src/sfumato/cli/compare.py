@@ -11,9 +11,8 @@ from typing import Any
 from sfumato.cli.console import hint, say, say_json, tell_data
 from sfumato.cli.train import duration
 from sfumato.data import open_data
-from sfumato.engine.comparison import ENOUGH_SEEDS, Comparison
+from sfumato.engine.comparison import ENOUGH_SEEDS, Comparison, resolve
 from sfumato.engine.comparison import compare as run_trials
-from sfumato.engine.comparison import resolve
 from sfumato.engine.loading import parse_settings
 from sfumato.errors import BadSetting, Interrupted
 

@@ -123,8 +123,9 @@ class Comparison:
         lines = [[name.replace("_", " ") for name in (*fixed, *figures)]]
         for row in self.table:
             memory = "-" if row["memory"] is None else f"{row['memory'] / 2**20:,.0f} MiB"
+            counts = [f"{row['parameters']:,}", f"{row['steps']:,}"]
             costs = [_number(row["seconds"]), _number(row["images_per_second"]), memory]
-            lines.append([row["arm"], f"{row['parameters']:,}", f"{row['steps']:,}", *costs, *(_range(row.get(m)) for m in figures)])
+            lines.append([row["arm"], *counts, *costs, *(_range(row.get(m)) for m in figures)])
         widths = [max(map(len, column)) for column in zip(*lines)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
@@ -245,7 +246,7 @@ def resolve(arms: Sequence[str | Arm], settings: Mapping[str, Any]) -> tuple[lis
     parsed = [arm if isinstance(arm, Arm) else parse_arm(arm) for arm in arms]
     rows = {arm.slug: catalogue.find(arm.slug) for arm in parsed}
     if len(parsed) < 2:
-        raise BadSetting("a comparison needs two arms or more: sfumato compare mae simmim, or classifier:lr=0.1 classifier:lr=0.01")
+        raise BadSetting("a comparison needs two arms or more, such as mae simmim, or classifier:lr=0.1 classifier:lr=0.01")
     kinds = {slug: catalogue.load_method(slug) for slug in rows}
     if len({row.batch for row in rows.values()}) > 1:
         eaten = ", ".join(f"{slug} eats {row.batch}" for slug, row in rows.items())
@@ -292,12 +293,9 @@ def _built(arm: Arm, data: ImageSet, preset: str, device: str, steps: int | None
     """An arm's method, so that everything that is wrong with it is told before anything runs."""
     settings = {**arm.settings, **({"steps": steps} if steps else {})}
     try:
-        method = build(catalogue.load_method(arm.slug), data.facts, preset=preset, settings=settings, device=device)
+        return build(catalogue.load_method(arm.slug), data.facts, preset=preset, settings=settings, device=device)
     except SfumatoError as error:
         raise type(error)(f"{arm.label}: {error}") from None
-    if method.config.batch_size < 1 or not len(data):
-        raise BadData(f"{arm.label}: there is nothing to train on")
-    return method
 
 
 def _same_job(arms: Sequence[Arm], methods: Mapping[str, Method]) -> None:
@@ -336,7 +334,7 @@ def _missed(record: Mapping[str, Any]) -> list[str]:
     if all(abs(seconds - given) <= 0.15 * given for seconds in took.values()):
         return []
     told = ", ".join(f"{label} {seconds:.3g} s" for label, seconds in took.items())
-    return [f"Of {given:.3g} s that each arm was given, took: {told}. Steps are fixed beforehand, and the machine's speed changed."]
+    return [f"Of {given:.3g} s that each arm was given, took: {told}. Steps are fixed beforehand; the machine's speed changed."]
 
 
 def _described(arm: Arm, method: Method, cost: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -550,7 +548,8 @@ def _in_turn(
     for turn, seed in enumerate(seeds):
         for i in range(len(arms)):
             arm = arms[(i + turn) % len(arms)]
-            jobs.append(Job(arm, seed, preset, device, *plan[arm.label], pictures="" if turn == 0 else None, alone=processes > 0))
+            steps, marks = plan[arm.label]
+            jobs.append(Job(arm, seed, preset, device, steps, marks, "" if turn == 0 else None, processes > 0))
     return jobs
 
 
@@ -560,8 +559,8 @@ class Store:
     def __init__(self, folder: Path | None, place: str | None, facts: str, processes: int) -> None:
         self.folder, self.found = folder, 0
         self.keeps = folder is not None and place is not None
-        here = provenance()
-        self.common = {"data": place, "facts": facts, "processes": processes, "commit": here["commit"], "versions": here["versions"]}
+        code = {name: value for name, value in provenance().items() if name != "date"}
+        self.common = {"data": place, "facts": facts, "processes": processes, **code}
 
     def prepared(self, job: Job, config: Mapping[str, Any]) -> tuple[Job, Path | None]:
         """The job with the place of its pictures, and the file of its result."""
@@ -644,7 +643,7 @@ def _in_a_process(job: Job, data: Any) -> dict[str, Any]:
         except BrokenProcessPool:
             raise SfumatoError(
                 f"the process of {job.arm.label}, seed {job.seed} was killed, perhaps for want of memory: "
-                "try fewer processes or a smaller batch_size"
+                "try fewer processes or a smaller batch_size. (A script calls compare under if __name__ == '__main__'.)"
             ) from None
 
 

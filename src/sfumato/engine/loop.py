@@ -323,7 +323,8 @@ class Trainer:
         A few steps are taken (for a second at least) and thrown away: weights, optimizers and position are as before.
         """
         before, seed, total = copy.deepcopy(self.method.state_dict()), self.options.seed, self.ctx.total
-        self.ctx.step, self.ctx.total, seconds = 500, 1000, []
+        seconds: list[float] = []
+        self.ctx.step, self.ctx.total = 500, 1000
         batches, started = self.batches(0), time.perf_counter()
         while not self._agree(len(seconds) >= warm + timed and sum(seconds) >= at_least):
             self.step([b.to(self.device) for b in next(batches)], check=True)
@@ -384,7 +385,8 @@ def epoch(data: Any, batch_size: int, augment: Callable[..., Any] | None = None,
     """Every sample once, in order; a batch ends early where the next image has another size."""
     from sfumato.engine.stream import Augmented, collate
 
-    samples, batch = Augmented(data, augment, seed), []
+    samples = Augmented(data, augment, seed)
+    batch: list[Any] = []
     for i in range(len(data)):
         sample = samples[(0, i)]
         if batch and (len(batch) == batch_size or sample[0].shape != batch[0][0].shape):

@@ -4,7 +4,7 @@ A record is what `compare(...).record` holds.
 
 >>> import pathlib, tempfile
 >>> from sfumato.report import write_compare_report
->>> arms = [{"label": name, "slug": "mae", "trainable": 10, "steps": 3, "settings": {"dim": d}} for name, d in (("a", 4), ("b", 8))]
+>>> arms = [{"label": name, "slug": "mae", "trainable": 10, "steps": 3, "settings": {"dim": 4}} for name in "ab"]
 >>> figures = {str(seed): {"a": {"accuracy": 0.5}, "b": {"accuracy": 0.6}} for seed in range(5)}
 >>> row = {"metric": "accuracy", "arm": "b", "over": "a", "mean": 0.1, "low": 0.1, "high": 0.1, "dots": [0.1] * 5,
 ...        "higher": True, "outcome": "better"}
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from sfumato.claim import paired_interval
-from sfumato.engine.comparison import EARLY, ENOUGH_SEEDS, FEW, higher_is_better, is_own_loss, metrics_of
+from sfumato.engine.comparison import EARLY, ENOUGH_SEEDS, FEW, is_own_loss, metrics_of
 from sfumato.report.page import Page
 from sfumato.report.plots import curves, interval_text, number
 from sfumato.report.rows import dots, intervals
@@ -132,8 +132,9 @@ def _show_differences(page: Page, record: Mapping[str, Any]) -> None:
         )
         page.table([_told(d) for d in shown], ["arm", "figure", "difference", "outcome"])
     _tell_own_losses(page, record, metrics)
-    plots = [dots({a["label"]: _values(record["figures"], a["label"], m) for a in record["arms"]}, xlabel=_words(m)) for m in metrics]
+    by_arm = {m: {arm["label"]: _values(record["figures"], arm["label"], m) for arm in record["arms"]} for m in metrics}
     if seeds > 1:
+        plots = [dots(values, xlabel=_words(metric)) for metric, values in by_arm.items()]
         page.figure(plots[:6], "Every seed of every arm; the bar is the mean, thin lines join the same seed.")
 
 
@@ -159,7 +160,7 @@ def _signed(mean: float, low: float, high: float) -> str:
 def _tell_own_losses(page: Page, record: Mapping[str, Any], metrics: Sequence[str]) -> None:
     own = [_words(m) for m in metrics if is_own_loss(m)]
     slugs = {arm["slug"] for arm in record["arms"]}
-    if not own or len(slugs) == 1 and record.get("job") != "encode":
+    if not own or (len(slugs) == 1 and record.get("job") != "encode"):
         return
     if len(slugs) > 1:
         text = (
