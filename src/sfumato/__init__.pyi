@@ -16,6 +16,7 @@ from . import physics as physics
 from . import probes as probes
 from . import report as report
 from . import sparsity as sparsity
+from .engine import compare as compare
 from .engine import fit as fit
 from .engine import load as load
 from .instruments import probe as probe

@@ -219,6 +219,46 @@ def export(
 
 
 @app.command(
+    rich_help_panel=RUNNING,
+    epilog=examples(
+        "sfumato compare mae colormae simmim --data sample:photos --minutes 1  # equal time, five seeds",
+        "sfumato compare classifier:optimizer=adam classifier:optimizer=adahessian --data sample:digits --steps 300",
+        "sfumato compare slow=cbsn:lr=1e-3 fast=cbsn:lr=4e-3 --data pairs:NOISY:CLEAN --steps 500  # names of your own",
+        "sfumato compare mae simmim --data folder_per_class --set dim=96 --set simmim:mask_unit=16 --dry-run",
+    ),
+)
+def compare(
+    arms: Annotated[
+        list[str], typer.Argument(help="Two or more: SLUG, SLUG:name=value,name=value or LABEL=SLUG:...", metavar="ARM...")
+    ],
+    data: Annotated[str, typer.Option("--data", "-d", help="As for train; a tenth is held out where it has no test part.")],
+    steps: Annotated[int | None, typer.Option("--steps", help="The same steps for every arm.")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", "-m", help="The same time for every arm (default: 1).")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many; fewer than 5 give no verdict.")] = 5,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE for every arm that has it, SLUG:NAME=VALUE for one.")
+    ] = None,
+    preset: Annotated[str, typer.Option("--preset", help="paper, small, or auto: small on a CPU.")] = "auto",
+    device: Device = "auto",
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="Trainings beside each other (default: 2 on a CPU, else 1).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell time and memory; write nothing.")] = False,
+    json: AsJson = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where trainings and the page go (default: compared/ARMS).")
+    ] = None,
+) -> None:
+    """Compare methods on the same data, budget and seeds: one page with intervals."""
+    from sfumato.cli import compare as work
+
+    work.compare(
+        arms, data, steps=steps, minutes=minutes, seeds=seeds, settings=set_ or [], preset=preset, device=device,
+        processes=processes, dry_run=dry_run, as_json=json, out=out,
+    )  # fmt: skip
+
+
+@app.command(
     rich_help_panel=CATALOGUE,
     epilog=examples(
         "sfumato reproduce colormae  # its claim, over its five verdict seeds",

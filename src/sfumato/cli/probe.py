@@ -38,7 +38,8 @@ def probe(
     out: Path, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Prepare, measure, and write the page and the numbers into a new folder."""
-    from sfumato.cli.train import duration, parse_settings
+    from sfumato.cli.train import duration
+    from sfumato.engine.loading import parse_settings
     from sfumato.instruments import Probe
     from sfumato.report.probe_report import with_error, write_probe_report
 

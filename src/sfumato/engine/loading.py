@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from sfumato.data.batch import Facts
@@ -78,6 +79,30 @@ def configure(config: type[C], preset: str, settings: dict[str, Any]) -> C:
         raise BadSetting(
             f"{name}={first['input']!r}: {first['msg'].lower()}" + (f" ({described})" if described else "")
         ) from None
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """`["lr=1e-3", "color=red"]` as a dict; values are read as YAML, so numbers, booleans, null and lists come out typed."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise BadSetting(f"{pair!r} is no NAME=VALUE, such as batch_size=32")
+        try:
+            value = yaml.safe_load(text)
+            found[name.strip()] = float(value) if isinstance(value, str) and _is_number(value) else value
+        except yaml.YAMLError:
+            found[name.strip()] = text
+    return found
+
+
+def _is_number(text: str) -> bool:
+    """YAML 1.1 reads 1e-3 as text."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def initialise(method: Method, path: Path) -> None:

@@ -1,5 +1,6 @@
 from .claim_report import plot_record as plot_record
 from .claim_report import write_claim_report as write_claim_report
+from .compare_report import write_compare_report as write_compare_report
 from .page import Page as Page
 from .pictures import Picture as Picture
 from .pictures import data_uri as data_uri
