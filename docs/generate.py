@@ -38,6 +38,7 @@ PARTS = {
 }
 AROUND = {
     "engine": "Training, run folders, checkpoints and the laboratory of the claims.",
+    "instruments": "Probes of any model on any data, ready to run.",
     "report": "Self-contained pages, plots and pictures.",
 }
 ROOMS = PARTS | AROUND

@@ -44,7 +44,7 @@ from sfumato.errors import BadCheckpoint
 
 __all__ = [
     "Batch", "Context", "Encoder", "Facts", "Loss", "LossFunction", "Method", "MethodConfig",
-    "Predictor", "Restorer", "Result", "Sampler", "Step", "TimmExportable", "capabilities",
+    "Predictor", "Restorer", "Result", "Sampler", "Searcher", "Step", "TimmExportable", "capabilities",
 ]  # fmt: skip
 
 
@@ -152,6 +152,12 @@ class Method(nn.Module):
         """Fresh optimizers by name; called after weights are loaded."""
         raise NotImplementedError(f"{type(self).__name__} must define optimizers()")
 
+    def survey(self, batches: Iterable[Batch]) -> None:
+        """Look at the training data once before the first step: statistics, a basis, kept as buffers.
+
+        Not called when a run is resumed. `batches` is read lazily and goes through the data once, in order and unaugmented.
+        """
+
     def augment(self) -> Callable[..., Any] | None:
         """A torchvision v2 transform of one sample (uint8 or float image `[C, H, W]`, and its target), or None.
 
@@ -214,6 +220,13 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
+class Searcher(Protocol):
+    """Improves designs `[N, D]` by what it has learned of their values: `steps` steps from `start`; None: as configured."""
+
+    def search(self, start: Tensor, steps: int | None = None) -> Tensor: ...
+
+
+@runtime_checkable
 class TimmExportable(Protocol):
     """Gives weights that a plain timm model loads: `(arguments of timm's VisionTransformer, state_dict)`."""
 
@@ -222,5 +235,5 @@ class TimmExportable(Protocol):
 
 def capabilities(method: Method) -> dict[str, type]:
     """What a method can do, by the verb a person would use; what it is there for comes first."""
-    verbs = {"restore": Restorer, "predict": Predictor, "sample": Sampler, "encode": Encoder}
+    verbs = {"restore": Restorer, "search": Searcher, "predict": Predictor, "sample": Sampler, "encode": Encoder}
     return {verb: kind for verb, kind in verbs.items() if isinstance(method, kind)}

@@ -14,6 +14,7 @@ import typer
 
 from sfumato import catalogue
 from sfumato.catalogue import Setting
+from sfumato.engine.loading import parse_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
@@ -143,6 +144,10 @@ def test_commands_in_the_docs_are_commands(where, line):
         for slug in [context.params.get("slug") or context.params.get("slugs") or []]:
             for name in [slug] if isinstance(slug, str) else slug:
                 assert name == "SLUG" or catalogue.find(name)
+    if context.command.name == "compare":
+        from sfumato.engine.comparison import resolve
+
+        assert resolve(context.params["arms"], parse_settings(context.params["set_"] or []))
 
 
 def test_the_verdicts_in_the_readme_are_those_of_the_records():
@@ -168,6 +173,9 @@ def test_python_in_the_docs_runs(page, tmp_path, monkeypatch):
         assert space["nearest"].tolist() == ["a", "c", "b"]
         assert isinstance(space["vit"], VisionTransformer)
         assert float(space["loss"]) < float(space["y"].square().mean())
+        assert space["sharpest"] > 0
+        assert Path("curvature.html").is_file()
+        assert [row["arm"] for row in space["done"].table] == ["optimizer=adam", "optimizer=sgd"]
     else:
         assert space["hidden"].sum(1).tolist() == [147] * 8
 

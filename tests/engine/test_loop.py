@@ -11,8 +11,9 @@ import kinds
 import pytest
 import torch
 
-from sfumato.engine import Run, fit
-from sfumato.errors import BadSetting, Diverged
+from sfumato.engine import Options, Run, Trainer, fit
+from sfumato.engine.loop import as_data, epoch
+from sfumato.errors import BadData, BadSetting, Diverged
 from sfumato.method import Loss
 
 
@@ -160,3 +161,37 @@ def test_a_persons_own_loader(tmp_path):
 def test_bf16_trains():
     method = fit(kinds.Masked(), kinds.data(), steps=3, precision="bf16", device="cpu", progress=False)
     assert method.net[0].weight.dtype == torch.float32
+
+
+def test_a_method_sees_its_data_once_before_it_trains(tmp_path):
+    class Surveying(kinds.Masked):
+        seen = 0
+
+        def survey(self, batches):
+            type(self).seen += sum(len(b) for b in batches)
+
+    run = new_run(tmp_path, "surveying")
+    fit(Surveying(), kinds.data(), run=run, steps=3, device="cpu", progress=False)
+    count = len(as_data(kinds.data()))
+    assert Surveying.seen == count
+    fit(Surveying(), kinds.data(), run=run, steps=3, device="cpu", progress=False)  # goes on from a checkpoint
+    assert Surveying.seen == count
+    with pytest.raises(BadData, match="can be indexed"):
+        fit(Surveying(), iter([]), steps=3, device="cpu", progress=False)
+
+
+def test_an_epoch_of_unlike_sizes_cuts_its_batches():
+    """Held-out photographs of any size are seen once each, in order."""
+    sizes = [(4, 4), (4, 4), (4, 4), (5, 4), (5, 4), (4, 4)]
+    data = as_data([torch.rand(1, *size) for size in sizes])
+    batches = list(epoch(data, 2))
+    assert [tuple(b.x.shape) for b in batches] == [(2, 1, 4, 4), (1, 1, 4, 4), (2, 1, 5, 4), (1, 1, 4, 4)]
+    assert torch.cat([b.index for b in batches]).tolist() == list(range(6))
+
+
+def test_timing_leaves_the_trainer_as_it_was():
+    straight = fit(kinds.Scheduled(), kinds.data(), steps=6, device="cpu", progress=False)
+    trainer = Trainer(kinds.Scheduled(), kinds.data(), Options(device="cpu"), steps=6)
+    assert trainer.seconds_a_step(at_least=0) > 0
+    timed = trainer.train(show=False)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), timed.parameters()))

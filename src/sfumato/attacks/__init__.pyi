@@ -1,6 +1,7 @@
 from .gradient_attacks import cw_l2 as cw_l2
 from .gradient_attacks import fgsm as fgsm
 from .gradient_attacks import pgd as pgd
+from .minimal import deepfool as deepfool
 from .objectives import cross_entropy as cross_entropy
 from .objectives import kl_shift as kl_shift
 from .objectives import margin as margin

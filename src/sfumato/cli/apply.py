@@ -1,4 +1,4 @@
-"""`sfumato apply`: whatever a trained run can do, on a person's own pictures: restore, encode or predict."""
+"""`sfumato apply`: whatever a trained run can do, on a person's own pictures: restore, encode, predict or search."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ def apply(run: Path, inputs: list[Path], out: Path, *, verb: str | None, device:
     can = capabilities(method)
     wanted = BY_SUFFIX.get(out.suffix)
     verb = verb or (wanted if wanted in can else next(iter(can), None))
+    if verb == "search" and verb in can:
+        return search(method, inputs, out)
     if verb not in APPLICABLE or verb not in can:
-        able = ", ".join(v for v in can if v in APPLICABLE) or "nothing that apply does"
+        able = ", ".join(v for v in can if v in (*APPLICABLE, "search")) or "nothing that apply does"
         raise BadSetting(f"{run} cannot {verb or 'be applied'}; it can: {able}")
     pictures = Pictures(inputs)
     with torch.inference_mode():
@@ -116,6 +118,35 @@ def predict(method: Any, pictures: Pictures, out: Path, run: Path) -> None:
         for name, row in zip(names, values):
             writer.writerow([name, classes[row.argmax()], f"{row.max():.4f}", *(f"{v:.4f}" for v in row)])
     say(f"{target}  ({len(names)} pictures)")
+
+
+@torch.no_grad()
+def search(method: Any, inputs: list[Path], out: Path) -> None:
+    """`designs.npz`: better designs than the best of those given, and what they are expected to be worth, best first."""
+    from sfumato.data.arrays import open_arrays
+
+    if len(inputs) != 1:
+        raise BadSetting("a search starts from one file of designs: sfumato apply RUN designs.npz -o better.npz")
+    known = open_arrays(inputs[0])
+    assert known is not None  # only a test split can be empty
+    start = known.tensors()
+    x, wanted = start.x.to(method.device), channels_of(method)
+    if x.ndim != 2 or x.shape[1] != wanted:
+        raise BadData(f"{inputs[0]}: this run searches designs of {wanted} numbers, x is {list(x.shape)}")
+    value = method.predict(x)[:, 0] if start.target is None else start.target[:, 0].to(x)
+    found = method.search(x[value.topk(min(SEARCH_STARTS, len(x))).indices])
+    expected = method.predict(found)[:, 0]
+    order = expected.argsort(descending=True)
+    target = out if out.suffix == ".npz" else out / "designs.npz"
+    if target.resolve() == inputs[0].resolve():
+        raise BadSetting(f"{target} would overwrite its own input; give another name with -o")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(target, x=found[order].cpu().numpy(), expected=expected[order].cpu().numpy())
+    say(f"{target}  ({len(found)} designs; expected {float(expected.max()):.4g}, best of those given {float(value.max()):.4g})")
+
+
+SEARCH_STARTS = 128
+"""How many of the given designs a search starts from: the best ones."""
 
 
 APPLICABLE: dict[str, Callable[[Method, Pictures, Path, Path], None]] = {"restore": restore, "encode": encode, "predict": predict}

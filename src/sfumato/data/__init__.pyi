@@ -1,6 +1,8 @@
 from .batch import Batch as Batch
 from .batch import Facts as Facts
 from .decoding import Header as Header
+from .gaussian_mixture import GaussianMixture as GaussianMixture
+from .gaussian_mixture import gaussian_grid as gaussian_grid
 from .image_set import ImageSet as ImageSet
 from .image_set import Sample as Sample
 from .images import Picture as Picture
@@ -14,5 +16,8 @@ from .samples import moving_crops as moving_crops
 from .samples import photo_crops as photo_crops
 from .samples import photo_names as photo_names
 from .samples import photos as photos
+from .shapes import c_alpha_images as c_alpha_images
+from .shapes import discs as discs
+from .shapes import simple_shapes as simple_shapes
 from .sources import describe as describe
 from .sources import open_data as open_data

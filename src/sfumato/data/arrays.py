@@ -38,8 +38,9 @@ def open_arrays(path: Path, split: str = "train", *, channels: int | None = None
     """A `.npz` (or `.npy`) file of images; nothing in it is ever unpickled.
 
     Args:
-        path: the file: `x` or `images` `[N, H, W]`, `[N, C, H, W]`, `[N, H, W, C]`, or clips with a T after N; maybe `y` or
-            `labels` `[N]`, `target`, `classes` (names); or `x_train`, `y_train`, `x_test`, `y_test`.
+        path: the file: `x` or `images` `[N, H, W]`, `[N, C, H, W]`, `[N, H, W, C]`, or clips with a T after N, or vectors
+            `[N, D]`; maybe `y` or `labels` `[N]`, `target` (like `x`, or numbers `[N]`, `[N, K]`), `classes` (names); or
+            `x_train`, `y_train`, `x_test`, `y_test`.
         split: "train" or "test".
         channels: 1 or 3; None: as stored.
         holdout: share of labelled arrays without `x_test` that is given to "test".
@@ -55,6 +56,8 @@ def open_arrays(path: Path, split: str = "train", *, channels: int | None = None
     found = {field: _pick(stored, names, f"_{split}") for field, names in _NAMES.items()}
     if found["x"] is None or (own_test and not found["x"][0].endswith(split)):
         raise BadData(f"{path}: has no array named x or images (it has: {', '.join(stored) or 'none'}): save the images as x")
+    if found["target"] is not None and found["target"][1].ndim == 1:  # one number a sample
+        found["target"] = (found["target"][0], found["target"][1][:, None])
     x, target = (None if f is None else as_images(f[1], f"{path}: {f[0]}") for f in (found["x"], found["target"]))
     assert x is not None
     labels = None if found["y"] is None else as_labels(found["y"][1], len(x), f"{path}: {found['y'][0]}")

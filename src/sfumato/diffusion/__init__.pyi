@@ -1,3 +1,4 @@
+from .blind_sampling import sample_blind as sample_blind
 from .predictions import as_denoiser as as_denoiser
 from .predictions import convert as convert
 from .residual import ResidualObjective as ResidualObjective
@@ -14,8 +15,12 @@ from .samplers import sample_heun as sample_heun
 from .schedules import Schedule as Schedule
 from .schedules import beta_schedule as beta_schedule
 from .schedules import edm_sigmas as edm_sigmas
+from .time_samplers import interpolated_gamma as interpolated_gamma
 from .time_samplers import lognormal_sigma as lognormal_sigma
 from .time_samplers import range_t as range_t
+from .time_samplers import sqrt_uniform_sigma as sqrt_uniform_sigma
 from .time_samplers import uniform_t as uniform_t
 from .training import EDMPrecond as EDMPrecond
 from .training import denoising_loss as denoising_loss
+from .trajectory import X0Variance as X0Variance
+from .trajectory import filter_by_variance as filter_by_variance

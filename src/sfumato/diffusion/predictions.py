@@ -19,6 +19,7 @@ True
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,11 @@ from torch import Tensor
 from sfumato.diffusion.schedules import Schedule, expand
 from sfumato.errors import BadSetting
 
+Model = Callable[[Tensor, Tensor], Any]
+"""`model(x, t or sigma)`: a tensor, or a result of diffusers that holds one as `.sample`."""
+
 KINDS = ("eps", "x0", "v", "score")
+_DIFFUSERS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
 def convert(value: Tensor, x_t: Tensor, t: Tensor | int, schedule: Schedule, *, source: str, target: str) -> Tensor:
@@ -62,23 +67,52 @@ def convert(value: Tensor, x_t: Tensor, t: Tensor | int, schedule: Schedule, *, 
 
 
 def as_denoiser(
-    model: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, *, predict: str = "eps"
+    model: Model, schedule: Schedule | Any, *, predict: str | None = None, face: str = "D"
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A network of discrete times as D(x, sigma), at the time whose noise level is nearest.
+    """A denoiser called and answering in another way: any of the kinds of `convert`, or "D", in and out.
+
+    Between a discrete time t and a noise level sigma stands the table: `x_t = sqrt(abar_t) x`, and sigma finds the time whose
+    level is nearest.
 
     Args:
-        model: `model(x_t, t)` with t `[B]` int64.
-        schedule: the tables that it was trained with.
-        predict: what it predicts.
+        model: `model(x_t, t)` with t `[B]` int64, or, where `predict` is "D", `model(x, sigma)` with sigma `[B]`. A network of
+            diffusers will do, its `.sample` is taken.
+        schedule: the tables that it was trained with, or a scheduler of diffusers.
+        predict: what the model gives; None: what a diffusers scheduler says, else "eps".
+        face: what is wanted.
 
     Returns:
-        `D(x, sigma)`: x is a clean picture plus noise of standard deviation sigma (a scalar or `[B]`); gives the clean picture.
+        For "D", `D(x, sigma)`: x is a clean picture plus noise of standard deviation sigma (a scalar or `[B]`); gives the clean
+        picture. Else `f(x_t, t)` with t `[B]` int64 or one time for all; gives what `face` says.
+
+    Raises:
+        BadSetting: an unknown kind, or a scheduler that predicts none of them.
     """
+    if not isinstance(schedule, Schedule):
+        predict = predict or _DIFFUSERS.get(schedule.config.prediction_type, schedule.config.prediction_type)
+        schedule = Schedule.from_diffusers(schedule)
+    tables, source = schedule, predict or "eps"
+    for kind in (source, face):
+        if kind not in (*KINDS, "D"):
+            raise BadSetting(f"there is no denoiser of kind {kind!r}: use {', '.join(KINDS)} or D")
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+    def at_time(x_t: Tensor, t: Tensor | int) -> Tensor:
+        """The model's answer at a discrete time, as `face` wants it ("D": the clean picture)."""
+        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        if source == "D":
+            levels = tables.sigma.to(x_t.device)[t].to(x_t.dtype)
+            out = model(x_t / expand(tables.abar.sqrt(), t, x_t), levels)
+        else:
+            out = model(x_t, t)
+        out = out if isinstance(out, Tensor) else out.sample
+        given, wanted = ("x0" if kind == "D" else kind for kind in (source, face))
+        return convert(out, x_t, t, tables, source=given, target=wanted)
+
+    def at_level(x: Tensor, sigma: Tensor) -> Tensor:
         levels = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).expand(len(x))
-        t = (levels[:, None] - schedule.sigma.to(x.device)).abs().argmin(1)
-        x_t = expand(schedule.abar.sqrt(), t, x) * x
-        return convert(model(x_t, t), x_t, t, schedule, source=predict, target="x0")
+        t = (levels[:, None] - tables.sigma.to(x.device)).abs().argmin(1)
+        return at_time(expand(tables.abar.sqrt(), t, x) * x, t)
 
-    return denoise
+    if face == "D":
+        return model if source == "D" else at_level
+    return at_time

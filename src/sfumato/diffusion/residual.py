@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from sfumato.diffusion.samplers import Callback, Model, SamplerStep, draw
+from sfumato.diffusion.samplers import Callback, Model, SamplerStep, draw_step
 from sfumato.diffusion.schedules import Schedule, expand
 from sfumato.errors import BadSetting
 
@@ -299,7 +299,7 @@ def sample_residual(
         of_noise = schedule.beta_bar[t] - (schedule.beta_bar[p].square() - variance).clamp(min=0).sqrt()
         x = x - of_res.to(x) * said.res - of_noise.to(x) * said.noise
         if eta:
-            x = x + variance.sqrt().to(x) * draw(x, noise, i, generator)
+            x = x + variance.sqrt().to(x) * draw_step(x, noise, i, generator)
     return said.x0
 
 

@@ -3,7 +3,8 @@
     DDIM:  x_p = sqrt(abar_p) x̂_0 + sqrt(1 - abar_p - s²) ε̂ + s z,    s² = eta² (1 - abar_p) / (1 - abar_t) (1 - abar_t / abar_p)
     EDM:   dx / dsigma = (x - D(x, sigma)) / sigma,    by Euler's or Heun's rule
 
-eta = 0 is deterministic; eta = 1 over all times is DDPM's ancestral sampling. All samplers are called alike.
+eta = 0 is deterministic; eta = 1 over all times is DDPM's ancestral sampling. EDM's churn first lifts the noise from sigma to
+(1 + gamma) sigma by fresh noise. All samplers are called alike.
 
 Sources: Ho, Jain, Abbeel 2020, algorithm 2; Song, Meng, Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, equation 12;
 Karras et al. 2022, algorithm 1.
@@ -18,6 +19,7 @@ True
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,14 +53,15 @@ def sample_ddpm(
     steps: int | None = None,
     predict: str = "eps",
     clip: bool = False,
+    variance: str = "small",
     noise: Tensor | None = None,
     callback: Callback | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Ancestral sampling with the posterior's variance, over all times: `sample_ddim` with `eta=1`; see there."""
+    """Ancestral sampling over all times: `sample_ddim` with `eta=1`; see there."""
     return sample_ddim(
         model, x, schedule, steps=steps or len(schedule), eta=1.0, predict=predict,
-        clip=clip, noise=noise, callback=callback, generator=generator,
+        clip=clip, variance=variance, noise=noise, callback=callback, generator=generator,
     )  # fmt: skip
 
 
@@ -72,6 +75,7 @@ def sample_ddim(
     eta: float = 0.0,
     predict: str = "eps",
     clip: bool = False,
+    variance: str = "small",
     noise: Tensor | None = None,
     callback: Callback | None = None,
     generator: torch.Generator | None = None,
@@ -86,6 +90,7 @@ def sample_ddim(
         eta: share of the ancestral noise, 0 (none) to 1.
         predict: what the model predicts.
         clip: clamp every x̂_0 to [-1, 1].
+        variance: of the added noise, times eta²: "small" is the posterior's, "large" is 1 - abar_t / abar_p (DDPM's beta_t).
         noise: `[steps, B, ...]`, the z of each step instead of drawing them.
         callback: told of every step before its update.
         generator: source of the draws.
@@ -94,8 +99,10 @@ def sample_ddim(
         Like `x`.
 
     Raises:
-        BadSetting: more steps than times, or none.
+        BadSetting: more steps than times, or none; an unknown variance.
     """
+    if variance not in ("small", "large"):
+        raise BadSetting(f"there is no variance {variance!r}: use small (the posterior's) or large (beta_t)")
     if not 1 <= steps <= len(schedule):
         raise BadSetting(f"steps={steps} is not between 1 and the schedule's {len(schedule)}")
     stride = len(schedule) // steps
@@ -111,10 +118,11 @@ def sample_ddim(
         if callback is not None:
             callback(SamplerStep(i, x, x0, schedule.sigma[t]))
         before = schedule.abar[t - stride] if t >= stride else schedule.abar.new_ones(())
-        variance = eta**2 * (1 - before) / (1 - schedule.abar[t]) * (1 - schedule.abar[t] / before)
-        x = before.sqrt().to(x) * x0 + (1 - before - variance).clamp(min=0).sqrt().to(x) * eps
+        large = eta**2 * (1 - schedule.abar[t] / before)
+        small = large * (1 - before) / (1 - schedule.abar[t])
+        x = before.sqrt().to(x) * x0 + (1 - before - small).clamp(min=0).sqrt().to(x) * eps
         if eta and t >= stride:
-            x = x + variance.sqrt().to(x) * draw(x, noise, i, generator)
+            x = x + (small if variance == "small" else large).sqrt().to(x) * draw_step(x, noise, i, generator)
     return x
 
 
@@ -125,12 +133,14 @@ def sample_euler(
     *,
     steps: int | None = None,
     churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, math.inf),
+    churn_noise: float = 1.0,
     noise: Tensor | None = None,
     callback: Callback | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Euler's rule on the probability flow, one network call a step; arguments as `sample_heun`."""
-    return _integrate(model, x, sigmas, steps, churn, noise, callback, generator, heun=False)
+    return _integrate(model, x, sigmas, steps, churn, churn_range, churn_noise, noise, callback, generator, heun=False)
 
 
 def sample_heun(
@@ -140,6 +150,8 @@ def sample_heun(
     *,
     steps: int | None = None,
     churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, math.inf),
+    churn_noise: float = 1.0,
     noise: Tensor | None = None,
     callback: Callback | None = None,
     generator: torch.Generator | None = None,
@@ -151,7 +163,10 @@ def sample_heun(
         x: `[B, ...]`, noise of standard deviation `sigmas[0]`.
         sigmas: `[n + 1]`, falling, ends with 0 (see `edm_sigmas`).
         steps: how many of the n steps to take; None: all.
-        churn: noise that is added again on the way (S_churn); 0: deterministic.
+        churn: noise that is added again on the way (S_churn); 0: deterministic. Karras et al. use 40 for ImageNet,
+            with `churn_range=(0.05, 50)` and `churn_noise=1.003`.
+        churn_range: smallest and largest level at which noise is added (S_min, S_max).
+        churn_noise: standard deviation of the added noise, in units of what the level asks for (S_noise).
         noise: `[n, B, ...]`, the added noise of each step instead of drawing it.
         callback: told of every step before its update.
         generator: source of the draws.
@@ -159,7 +174,7 @@ def sample_heun(
     Returns:
         Like `x`.
     """
-    return _integrate(model, x, sigmas, steps, churn, noise, callback, generator, heun=True)
+    return _integrate(model, x, sigmas, steps, churn, churn_range, churn_noise, noise, callback, generator, heun=True)
 
 
 @torch.no_grad()
@@ -169,6 +184,8 @@ def _integrate(
     sigmas: Tensor,
     steps: int | None,
     churn: float,
+    churn_range: tuple[float, float],
+    churn_noise: float,
     noise: Tensor | None,
     callback: Callback | None,
     generator: torch.Generator | None,
@@ -176,12 +193,12 @@ def _integrate(
     heun: bool,
 ) -> Tensor:
     n = len(sigmas) - 1
-    sigmas = sigmas.to(x)
+    levels, sigmas = sigmas.tolist(), sigmas.to(x)
     for i in range(n if steps is None else min(steps, n)):
         sigma, following = sigmas[i], sigmas[i + 1]
-        if churn:
+        if churn and churn_range[0] <= levels[i] <= churn_range[1]:
             raised = sigma * (1 + min(churn / n, 2**0.5 - 1))
-            x = x + (raised.square() - sigma.square()).sqrt() * draw(x, noise, i, generator)
+            x = x + (raised.square() - sigma.square()).sqrt() * churn_noise * draw_step(x, noise, i, generator)
             sigma = raised
         x0 = model(x, sigma)
         if callback is not None:
@@ -195,8 +212,8 @@ def _integrate(
     return x
 
 
-def draw(x: Tensor, noise: Tensor | None, i: int, generator: torch.Generator | None) -> Tensor:
-    """The z of step `i`: the given one, or a fresh one like `x`."""
+def draw_step(x: Tensor, noise: Tensor | None, i: int, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers like `x`: `noise[i]`, or drawn where there is none."""
     if noise is not None:
         return noise[i].to(x)
     return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

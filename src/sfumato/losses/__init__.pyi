@@ -5,6 +5,9 @@ from .comp_sum_family import comp_sum as comp_sum
 from .comp_sum_family import comp_sum_bound as comp_sum_bound
 from .comp_sum_family import comp_sum_bound_inverse as comp_sum_bound_inverse
 from .comp_sum_family import margins as margins
+from .gram import gaussian_gram as gaussian_gram
+from .gram import median_bandwidth as median_bandwidth
+from .gram import squared_distances as squared_distances
 from .masked import masked_l1 as masked_l1
 from .masked import masked_mean as masked_mean
 from .masked import masked_patch_mse as masked_patch_mse

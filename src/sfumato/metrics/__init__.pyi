@@ -1,2 +1,11 @@
+from .frechet import GaussianStats as GaussianStats
+from .frechet import Moments as Moments
+from .frechet import PatchGaussian as PatchGaussian
+from .frechet import frechet_distance as frechet_distance
+from .frechet import frechet_features as frechet_features
 from .spectrum import band_energy as band_energy
 from .spectrum import radial_spectrum as radial_spectrum
+from .two_sample import PrecisionRecall as PrecisionRecall
+from .two_sample import mmd2 as mmd2
+from .two_sample import precision_recall as precision_recall
+from .two_sample import sliced_wasserstein as sliced_wasserstein

@@ -1,8 +1,14 @@
+from .at_rest import eval_mode as eval_mode
+from .at_rest import exact_arithmetic as exact_arithmetic
 from .blind_spot import CentreMaskedConv2d as CentreMaskedConv2d
 from .blind_spot import ConditionalBlindSpotNet as ConditionalBlindSpotNet
 from .flat import flatten_params as flatten_params
 from .flat import layer_slices as layer_slices
 from .flat import unflatten_params as unflatten_params
+from .latent_codec import DiffusersVAE as DiffusersVAE
+from .latent_codec import IdentityCodec as IdentityCodec
+from .latent_codec import LatentCodec as LatentCodec
+from .latent_codec import PatchPCA as PatchPCA
 from .masked_vit import EncoderOutput as EncoderOutput
 from .masked_vit import MaskedDecoder as MaskedDecoder
 from .masked_vit import MaskedViTEncoder as MaskedViTEncoder
@@ -20,6 +26,10 @@ from .phase_batches import subsample as subsample
 from .pixel_head import PixelShuffleHead as PixelShuffleHead
 from .positions import RelativePositionBias as RelativePositionBias
 from .positions import sincos_2d as sincos_2d
+from .psd_sqrt import psd_power as psd_power
+from .toy_mlp import ToyDenoiser as ToyDenoiser
+from .trace_of_jacobian import divergence as divergence
+from .trace_of_jacobian import draw_probes as draw_probes
 from .unet import small_unet as small_unet
 from .unet import unet_decode as unet_decode
 from .unet import unet_encode as unet_encode

@@ -4,7 +4,8 @@
 
 h is what the middle block gives (the "h-space"), skips are the outputs of the way down, e is the embedding of the time.
 
-Source: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, appendix B; network: diffusers' UNet2DModel.
+Source: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, appendix B; networks: diffusers' UNet2DModel,
+and UNet2DConditionModel for one that attends to a text.
 
 >>> import torch
 >>> from sfumato.nn import small_unet, unet_decode, unet_encode
@@ -85,43 +86,80 @@ def small_unet(
 
 
 def unet_encode(unet: Any, x: Tensor, t: Tensor, *, cond: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """The first half of a UNet2DModel: down and through the middle block.
+    """The first half of a U-Net: down and through the middle block.
 
     Args:
-        unet: diffusers' UNet2DModel without learned skip convolutions.
+        unet: diffusers' UNet2DModel or UNet2DConditionModel.
         x: `[B, C, H, W]`.
         t: `[B]` or a scalar, the time.
-        cond: `[B]`, class numbers, when the network takes classes.
+        cond: for a UNet2DModel with classes their numbers `[B]`; for a UNet2DConditionModel what it attends to, such as the
+            states of a text encoder, `[B, L, D]`.
 
     Returns:
         The bottleneck `[B, C', h, w]`, the skips from the outermost to the innermost, and the time embedding `[B, E]`.
+
+    Raises:
+        BadSetting: a network with inputs or paths besides these (learned skip convolutions, the embeddings of SDXL, ...), or
+            one that needs `cond` and has none.
     """
-    times = t.expand(len(x)).to(x.device)
-    temb = unet.time_embedding(unet.time_proj(times).to(unet.dtype))
-    if unet.class_embedding is not None:
-        temb = temb + unet.class_embedding(cond).to(unet.dtype)
+    _check_halves(unet, cond)
+    attends = _attends(unet)
+    temb = unet.time_embedding(unet.time_proj(t.expand(len(x)).to(x.device)).to(x.dtype if attends else unet.dtype))
+    if attends:
+        temb = temb if unet.time_embed_act is None else unet.time_embed_act(temb)
+    elif unet.class_embedding is not None:
+        labels = unet.time_proj(cond) if unet.config.class_embed_type == "timestep" else cond
+        temb = temb + unet.class_embedding(labels).to(unet.dtype)
     h = unet.conv_in(2 * x - 1 if unet.config.center_input_sample else x)
     skips: tuple[Tensor, ...] = (h,)
     for block in unet.down_blocks:
-        h, outputs = block(hidden_states=h, temb=temb)
+        h, outputs = block(hidden_states=h, temb=temb, **_attended(block, cond))
         skips += outputs
-    return (h if unet.mid_block is None else unet.mid_block(h, temb)), skips, temb
+    return (h if unet.mid_block is None else unet.mid_block(h, temb, **_attended(unet.mid_block, cond))), skips, temb
 
 
-def unet_decode(unet: Any, h: Tensor, skips: tuple[Tensor, ...], temb: Tensor) -> Tensor:
-    """The second half of a UNet2DModel: up to the output.
+def unet_decode(unet: Any, h: Tensor, skips: tuple[Tensor, ...], temb: Tensor, *, cond: Tensor | None = None) -> Tensor:
+    """The second half of a U-Net: up to the output.
 
     Args:
         unet: the network that `unet_encode` was given.
         h: the bottleneck, `[B, C', h, w]`.
         skips: from the outermost to the innermost.
         temb: time embedding, `[B, E]`.
+        cond: for a UNet2DConditionModel as for `unet_encode`; else without effect, the classes are in `temb`.
 
     Returns:
         `[B, C_out, H, W]`.
     """
-    for block in unet.up_blocks:
+    attends = _attends(unet)
+    odd = attends and any(side % 2**unet.num_upsamplers for side in skips[0].shape[-2:])
+    for i, block in enumerate(unet.up_blocks):
         count = len(block.resnets)
-        h, skips = block(h, skips[-count:], temb), skips[:-count]
-    out: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
+        mine, skips = skips[-count:], skips[:-count]
+        size = {"upsample_size": skips[-1].shape[-2:]} if odd and i < len(unet.up_blocks) - 1 else {}
+        h = block(h, mine, temb, **size, **_attended(block, cond))
+    if unet.conv_norm_out is not None:
+        h = unet.conv_act(unet.conv_norm_out(h))
+    out: Tensor = unet.conv_out(h)
     return out
+
+
+def _attends(unet: Any) -> bool:
+    """Whether it is a UNet2DConditionModel."""
+    return "cross_attention_dim" in unet.config
+
+
+def _attended(block: Any, cond: Tensor | None) -> dict[str, Tensor | None]:
+    return {"encoder_hidden_states": cond} if getattr(block, "has_cross_attention", False) else {}
+
+
+def _check_halves(unet: Any, cond: Tensor | None) -> None:
+    extras = ["addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"]
+    extras += ["class_embed_type", "num_class_embeds"] if _attends(unet) else []
+    found = [name for name in extras if unet.config.get(name) is not None]
+    found += ["skip convolutions"] if any(hasattr(block, "skip_conv") for block in unet.down_blocks) else []
+    found += ["fourier"] if unet.config.get("time_embedding_type") == "fourier" else []
+    if found:
+        raise BadSetting(f"this U-Net cannot be cut in two, it has more than x, t and cond: {', '.join(found)}")
+    if cond is None and (_attends(unet) or unet.class_embedding is not None):
+        raise BadSetting("this U-Net needs a condition: give cond, class numbers or the states it attends to")

@@ -1,8 +1,13 @@
 from .adahessian import AdaHessian as AdaHessian
 from .adahessian import spatial_average as spatial_average
 from .ema import EMA as EMA
+from .gradient_norm import SurrogateSharpness as SurrogateSharpness
+from .gradient_norm import gradient_norm_penalty as gradient_norm_penalty
+from .inverse_fisher import SlidingInverseFisher as SlidingInverseFisher
+from .inverse_fisher import StaticInverseFisher as StaticInverseFisher
 from .lr_scaling import lr_for_batch as lr_for_batch
 from .lr_scaling import polyak_heavy_ball as polyak_heavy_ball
+from .mfac import MFAC as MFAC
 from .schedules import cosine_warmup as cosine_warmup
 from .schedules import linear_ramp as linear_ramp
 from .schedules import log_cosine_warmup as log_cosine_warmup

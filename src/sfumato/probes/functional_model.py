@@ -22,10 +22,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sfumato.errors import BadData, BadSetting, nearest
+from sfumato.nn.at_rest import eval_mode as eval_mode
+from sfumato.nn.at_rest import exact_arithmetic as exact_arithmetic
 
 Selection = Iterable[str] | Callable[[str], bool] | None
 """Which parameters: their names, a predicate on names, or None for all trainable ones."""
@@ -63,8 +64,9 @@ class FunctionalModel:
         return {name: self.model.get_parameter(name).detach() for name in self.names}
 
     def __call__(self, theta: dict[str, Tensor], x: Tensor) -> Tensor:
-        """The module's output at other values of the chosen parameters (tied ones follow)."""
-        output: Tensor = functional_call(self.model, theta, (x,))
+        """The module's output at other values of the chosen parameters (tied ones follow); the rest carries no graph."""
+        rest = {name: p.detach() for name, p in self.model.named_parameters() if name not in theta}
+        output: Tensor = functional_call(self.model, {**rest, **theta}, (x,))
         return output
 
     @contextmanager
@@ -96,30 +98,6 @@ def _chosen_names(model: nn.Module, params: Selection) -> list[str]:
     if not names:
         raise BadSetting("no trainable parameter was chosen: check `params` and requires_grad")
     return names
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode within, and after it every submodule as it was."""
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
-
-
-@contextmanager
-def exact_arithmetic(device_type: str) -> Iterator[None]:
-    """No autocast, no TF32, and attention through the kernel that can be differentiated twice."""
-    allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def as_batches(data: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

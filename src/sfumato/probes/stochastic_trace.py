@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadData, BadSetting
+from sfumato.nn.trace_of_jacobian import draw_probes
 from sfumato.probes.linear_operator import LinearOperator
 
 COLUMNS = 16
@@ -88,10 +89,6 @@ def _stderr(squares: Tensor, count: int) -> Tensor:
 
 
 def _draw(op: LinearOperator | Tensor, count: int, probe: str, generator: torch.Generator | None) -> Tensor:
-    device = op.device if generator is None else generator.device
+    like = torch.empty((), dtype=op.dtype, device=op.device)
     shape = (count, op.shape[0])  # by rows: the probes do not depend on how many are drawn at once
-    if probe == "gaussian":
-        z = torch.randn(shape, dtype=op.dtype, device=device, generator=generator)
-    else:
-        z = torch.randint(2, shape, dtype=op.dtype, device=device, generator=generator).mul_(2).sub_(1)
-    return z.to(op.device).T
+    return draw_probes(shape, probe, like=like, generator=generator).T

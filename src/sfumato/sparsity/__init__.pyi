@@ -1,0 +1,2 @@
+from .obs import MFACPruner as MFACPruner
+from .obs import obs_prune as obs_prune

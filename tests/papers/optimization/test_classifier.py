@@ -40,7 +40,7 @@ def test_every_kind_of_network(model):
     assert method.encode(torch.rand(2, 3, 40, 40)).shape == (2, method.network.head.in_features)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adahessian", "lbfgs"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac"])
 @pytest.mark.parametrize("model", ["conv", "vit"])
 def test_every_optimizer_learns_digits(model, optimizer):
     train, test = digits(train=300)

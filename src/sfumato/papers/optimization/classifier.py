@@ -39,6 +39,7 @@ from sfumato.losses.comp_sum_family import comp_sum
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.nn.masked_vit import MaskedViTEncoder
 from sfumato.optim.adahessian import AdaHessian
+from sfumato.optim.mfac import MFAC
 from sfumato.optim.schedules import cosine_warmup, linear_ramp
 from sfumato.probes.functional_model import eval_mode
 
@@ -49,6 +50,7 @@ CUSTOMARY = {  # (learning rate, weight decay)
     "adamw": (1e-3, 0.01),
     "adahessian": (0.15, 5e-4 / 0.15),  # the official script divides its 5e-4 by the learning rate
     "lbfgs": (1.0, 0.0),
+    "mfac": (1e-3, 0.0),
 }
 SHIFTS: dict[str, tuple[Callable[[Tensor], Objective], float]] = {"trades": (kl_shift, 6.0), "smooth": (margin_shift, 1.0)}
 """What an attack changes, added to the loss of the clean pictures, and its customary weight."""
@@ -64,7 +66,9 @@ class SupervisedConfig(MethodConfig):
     augment: bool = Field(True, description="random crops and flips while training")
     mean: float | tuple[float, ...] = Field(0.5, description="pixel mean that is subtracted (one number or one a channel)")
     std: float | tuple[float, ...] = Field(0.25, description="pixel deviation that is divided by (one number or one a channel)")
-    optimizer: Literal["sgd", "adam", "adamw", "adahessian", "lbfgs"] = Field("sgd", description="what trains the weights")
+    optimizer: Literal["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac"] = Field(
+        "sgd", description="what trains the weights"
+    )
     lr: float | None = Field(None, gt=0, description="learning rate; None: customary for the optimizer")
     weight_decay: float | None = Field(None, ge=0, description="weight decay; None: customary for the optimizer")
     optimizer_settings: dict[str, Any] = Field({}, description="further arguments of the optimizer, such as hessian_every")
@@ -290,7 +294,7 @@ def make_optimizer(config: SupervisedConfig, params: list[nn.Parameter]) -> Opti
         settings = {"lr": lr, "line_search_fn": "strong_wolfe"}
     kinds: dict[str, Callable[..., Optimizer]] = {
         "sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW,
-        "adahessian": AdaHessian, "lbfgs": torch.optim.LBFGS,
+        "adahessian": AdaHessian, "lbfgs": torch.optim.LBFGS, "mfac": MFAC,
     }  # fmt: skip
     try:
         return kinds[config.optimizer](params, **{**settings, **config.optimizer_settings})

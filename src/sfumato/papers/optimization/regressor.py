@@ -57,7 +57,9 @@ class Regressor(Supervised):
         criterion: Literal["mse", "l1"] = Field("mse", description="squared or absolute difference")
         width: int = Field(64, gt=0, description="channels between convolutions, for pictures")
         depth: int = Field(12, gt=1, description="convolutions, for pictures")
-        optimizer: Literal["sgd", "adam", "adamw", "adahessian", "lbfgs"] = Field("adamw", description="what trains the weights")
+        optimizer: Literal["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac"] = Field(
+            "adamw", description="what trains the weights"
+        )
         augment: bool = Field(False, description="random crops and flips while training")
 
         @classmethod
