@@ -125,6 +125,13 @@ def test_sgd_step_lengthens_the_weights_by_its_square():
     torch.testing.assert_close(w.detach().square().sum() - squared, 0.01 * g.square().sum())
 
 
+@pytest.mark.parametrize("per", ["tensor", "row"])
+def test_a_single_number_has_no_right_angle(per):
+    p = parameter()
+    project_out_weights_([p], per)
+    assert p.grad == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_types(dtype):
     p, zero = parameter(64, 16, dtype=dtype), parameter(8, seed=1, dtype=dtype)

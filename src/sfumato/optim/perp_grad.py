@@ -51,22 +51,20 @@ def project_out_weights_(params: Iterable[Tensor], per: Per = "tensor") -> None:
     Reference: Prieto et al. 2025, section 5. What to do with rounding, and the two other kinds, are ours.
     """
     _check(per)
-    with_grad = [p for p in params if p.grad is not None]
-    if not with_grad:
+    pairs = [(p.detach(), p.grad) for p in params if p.grad is not None]
+    if not pairs:
         return
-    if any(p.is_complex() or (p.grad is not None and p.grad.layout != torch.strided) for p in with_grad):
+    if any(p.is_complex() or grad.layout != torch.strided for p, grad in pairs):
         raise BadSetting("PerpGrad takes real parameters with dense gradients: build an embedding with sparse=False")
-    grads = [p.grad for p in with_grad if p.grad is not None]
-    w, g = ([_at_least_float32(t.detach()) for t in tensors] for tensors in (with_grad, grads))
+    w, g = ([_at_least_float32(t) for t in tensors] for tensors in zip(*pairs, strict=True))
     before = _inner(g, g, per)
     along = torch._foreach_div(_inner(w, g, per), torch._foreach_add(_inner(w, w, per), TINY))
     torch._foreach_addcmul_(g, w, along, value=-1)
     after = _inner(g, g, per)
-    factor = torch._foreach_div(torch._foreach_sqrt(before), torch._foreach_add(torch._foreach_sqrt(after), TINY))
+    growth = torch._foreach_div(torch._foreach_sqrt(before), torch._foreach_add(torch._foreach_sqrt(after), TINY))
     # Below a few roundings of the old gradient, what is left has no direction: it must not be blown up to full length.
-    factor = [torch.where(f * (8 * torch.finfo(f.dtype).eps) < 1, f, 0.0) for f in factor]
-    torch._foreach_mul_(g, factor)
-    for grad, wide in zip(grads, g, strict=True):
+    torch._foreach_mul_(g, [torch.where(f * (8 * torch.finfo(f.dtype).eps) < 1, f, 0.0) for f in growth])
+    for (_, grad), wide in zip(pairs, g, strict=True):
         if grad.dtype != wide.dtype:
             grad.copy_(wide)
 
@@ -165,13 +163,9 @@ def _at_least_float32(t: Tensor) -> Tensor:
 def _inner(a: list[Tensor], b: list[Tensor], per: Per) -> list[Tensor]:
     """⟨a, b⟩ of every tensor, row, or of all together: one a tensor, shaped to multiply it."""
     if per == "row":
-        return [_row_dots(x, y) if x.ndim > 1 else x.reshape(-1).dot(y.reshape(-1)) for x, y in zip(a, b, strict=True)]
+        return [(x * y).sum(tuple(range(x.ndim > 1, x.ndim)), keepdim=True) for x, y in zip(a, b, strict=True)]
     dots = [x.reshape(-1).dot(y.reshape(-1)) for x, y in zip(a, b, strict=True)]
     if per == "global":
         total = torch.stack([d.to(dots[0]) for d in dots]).sum()
         return [total.to(d) for d in dots]
     return dots
-
-
-def _row_dots(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(tuple(range(1, x.ndim)), keepdim=True)

@@ -171,11 +171,11 @@ def perpgrad(lab: Lab) -> Figures:
 SMALL: dict[str, Any] = {"p": 31, "train_fraction": 0.6, "width": 128}
 """A task that takes milliseconds a step."""
 
-DECAYS = (1.0, 2.0, 3.0, 5.0)
+DECAYS = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
 """Weight decays that were tried, with seeds 0 to 4; the verdict uses other seeds."""
 
-BEST_DECAY = 3.0
-"""Mean steps to 95 % over these seeds: ."""
+BEST_DECAY = 5.0
+"""The best of them: mean steps to 95 % were 854, 520, 404, 420, 366 and 806 (never counts as 1000)."""
 
 
 def steps_to(rows: list[Row], level: float = 0.95) -> float:
@@ -221,7 +221,7 @@ def _late_change(rows: list[Row]) -> float:
 )
 def collapse(lab: Lab) -> Figures:
     """Three losses from the same weights: zero terms, collapse and how the loss goes on after the network has fitted."""
-    figures = {}
+    figures: Figures = {}
     names: tuple[LossName, ...] = ("float32", "float64", "stablemax")
     for loss in names:
         rows = run(**SMALL, loss=loss, steps=lab.steps(2000), seed=lab.seed)
