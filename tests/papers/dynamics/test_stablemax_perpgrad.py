@@ -106,9 +106,9 @@ def test_claim_on_delay():
 
 def test_change_of_the_loss_late_in_a_run():
     falling = [{"step": float(s), "loss": 2.0 ** (-s / 20)} for s in range(0, 201, 20)]
-    assert page._late_change(falling) == pytest.approx(2.0**-4)
+    assert page.late_change(falling) == pytest.approx(2.0**-4)
     flat = [{"step": row["step"], "loss": 1.0} for row in falling]
-    assert page._late_change(flat) == 1
+    assert page.late_change(flat) == 1
 
 
 def test_claim_on_collapse_in_small():
