@@ -35,6 +35,9 @@ from .krylov import smoothed_spectrum as smoothed_spectrum
 from .krylov import spectral_density as spectral_density
 from .krylov import svds as svds
 from .linear_operator import LinearOperator as LinearOperator
+from .numerics import nlm_alignment as nlm_alignment
+from .numerics import softmax_collapse as softmax_collapse
+from .numerics import zero_loss_fraction as zero_loss_fraction
 from .operators import EmpiricalFisherOperator as EmpiricalFisherOperator
 from .operators import FisherOperator as FisherOperator
 from .operators import GGNOperator as GGNOperator
