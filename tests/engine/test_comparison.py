@@ -112,6 +112,17 @@ def test_what_is_held_out():
     assert "trained on and judged on" in how
 
 
+def test_pictures_of_unlike_sizes_are_cut_to_one():
+    images = [torch.rand(1, 9, 12), torch.rand(1, 20, 8), torch.rand(1, 10, 10)]
+    data = split((images, torch.tensor([0, 1, 0])))[0]
+    middles = comparison._squares(data, range(len(data)), None)
+    assert middles.x.shape[-1] == middles.x.shape[-2] == min(min(s.x.shape[-2:]) for s in data)
+    assert comparison._few(data, 2, 6, seed=0).x.shape[-2:] == (6, 6)
+    assert torch.equal(comparison._few(data, 2, 6, seed=0).x, comparison._few(data, 2, 6, seed=0).x)
+    numbers = split((images, torch.rand(3, 2)))[0]
+    assert comparison._squares(numbers, [0, 1], None).target.shape == (2, 2)
+
+
 # ---- trials
 
 

@@ -377,7 +377,11 @@ def _squares(data: ImageSet, rows: Sequence[int], resize: int | None) -> Batch:
     samples = [data[i] for i in rows]
     side = min(min(s.x.shape[-2:]) for s in samples)
     steps = [v2.Resize(resize, antialias=True), v2.CenterCrop(resize)] if resize else [v2.CenterCrop(min(side, 256))]
-    cut: Any = v2.Compose(steps) if resize or not data.facts.size else lambda image: image
+    to_square: Any = v2.Compose(steps)
+
+    def cut(image: Any) -> Any:
+        return to_square(image) if (resize or not data.facts.size) and image.ndim > 2 else image  # a target may be numbers
+
     x = torch.stack([as_unit(cut(s.x)) for s in samples])
     target = torch.stack([as_unit(cut(s.target)) for s in samples]) if data.items.paired else None  # type: ignore[arg-type]
     label = torch.tensor([s.label for s in samples]) if data.items.labelled else None

@@ -143,12 +143,20 @@ def _row(difference: Mapping[str, Any]) -> dict[str, Any]:
     metric = _words(difference["metric"])
     direction = "higher" if difference["higher"] else "lower"
     label = f"{difference['arm']} against {difference['over']}: {metric} ({direction} is better)"
-    return {**difference, "label": label, "verdict": OUTCOMES.get(difference["outcome"], "inconclusive")}
+    low, high = _limits(difference)
+    verdict = OUTCOMES.get(difference["outcome"], "inconclusive")
+    return {**difference, "low": low, "high": high, "label": label, "verdict": verdict}
+
+
+def _limits(difference: Mapping[str, Any]) -> tuple[float, float]:
+    """The limits of an interval, infinite where one seed gives none."""
+    low, high = difference["low"], difference["high"]
+    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def _told(difference: Mapping[str, Any]) -> list[str]:
-    limits = [math.inf if difference[k] is None else difference[k] for k in ("low", "high")]
-    return [difference["arm"], _words(difference["metric"]), _signed(difference["mean"], *limits), difference["outcome"]]
+    told = _signed(difference["mean"], *_limits(difference))
+    return [difference["arm"], _words(difference["metric"]), told, difference["outcome"]]
 
 
 def _signed(mean: float, low: float, high: float) -> str:
