@@ -118,15 +118,21 @@ def match3_labels(tokens: Tensor, modulus: int, *, distinct: bool = False) -> Te
 
     Pairs are counted by their sum, with a circular convolution: n log M work a sequence, and no table of triples.
     """
-    counts = F.one_hot(tokens, modulus).sum(1).double()  # [B, M]
+    counts = _counts(tokens, modulus)
     pairs = torch.fft.irfft(torch.fft.rfft(counts).square(), modulus).round()  # ordered pairs (j, k) with each sum, j = k too
     wanted = -tokens % modulus
     found = pairs.gather(1, wanted)
     if distinct:  # inclusion and exclusion: j = i, k = i, j = k; any two of them together mean i = j = k
-        doubles = F.one_hot(2 * tokens % modulus, modulus).sum(1)
+        doubles = _counts(2 * tokens % modulus, modulus)
         same = (2 * tokens % modulus == wanted).long()
         found = found - (2 * counts.gather(1, (wanted - tokens) % modulus) + doubles.gather(1, wanted) - 2 * same)
     return (found > 0.5).long()
+
+
+def _counts(tokens: Tensor, modulus: int) -> Tensor:
+    """How often each number occurs, `[B, M]`, float64."""
+    zeros = torch.zeros(len(tokens), modulus, dtype=torch.float64, device=tokens.device)
+    return zeros.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=torch.float64))
 
 
 def _split(x: Tensor, label: Tensor, train_fraction: float, generator: torch.Generator | None) -> tuple[Batch, Batch]:

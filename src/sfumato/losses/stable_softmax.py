@@ -5,7 +5,7 @@
 A softmax whose winner leads by 16.6 nats rounds to exactly 1 in float32: that sample's loss is exactly 0 and teaches nothing.
 StableMax gets there at a lead of ten million. It is not invariant to a common shift of the logits.
 
-Source: Prieto, Barsbey, Mediano, Birdal, ICLR 2025, "Grokking at the Edge of Numerical Stability", section 4.
+Source: Prieto, Barsbey, Mediano, Birdal, ICLR 2025, "Grokking at the Edge of Numerical Stability".
 
 >>> import torch
 >>> from sfumato.losses import cross_entropy_at, stablemax, stablemax_cross_entropy
@@ -60,7 +60,7 @@ def stablemax(z: Tensor, dim: int = -1) -> Tensor:
         Like `z`; sums to 1 over `dim`.
 
     Reference:
-        Prieto et al. 2025, definition of StableMax in section 4.
+        Prieto et al. 2025, definition of StableMax.
     """
     return symlog(z).softmax(dim)
 
@@ -105,7 +105,7 @@ def stablemax_cross_entropy(
         BadSetting: another reduction.
 
     Reference:
-        Prieto et al. 2025, section 4.
+        Prieto et al. 2025.
     """
     return _cross_entropy(symlog(widened(logits, dtype)), target, label_smoothing, reduction)
 

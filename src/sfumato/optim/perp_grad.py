@@ -1,4 +1,4 @@
-"""Gradients at right angles to the weights, for any optimizer: perpGrad (Prieto, Barsbey, Mediano, Birdal, ICLR 2025, section 5).
+"""Gradients at right angles to the weights, for any optimizer: perpGrad (Prieto, Barsbey, Mediano, Birdal, ICLR 2025).
 
     g⊥ = g − (⟨w, g⟩ / ⟨w, w⟩) w,      g ← g⊥ ‖g‖ / ‖g⊥‖
 
@@ -48,7 +48,7 @@ def project_out_weights_(params: Iterable[Tensor], per: Per = "tensor") -> None:
     Raises:
         BadSetting: an unknown `per`, complex parameters or sparse gradients.
 
-    Reference: Prieto et al. 2025, section 5. What to do with rounding, and the two other kinds, are ours.
+    Reference: Prieto et al. 2025. What to do with rounding, and the two other kinds, are ours.
     """
     _check(per)
     pairs = [(p.detach(), p.grad) for p in params if p.grad is not None]
@@ -82,7 +82,7 @@ class PerpGrad(Optimizer):
     Raises:
         BadSetting: an unknown `per`, complex parameters, sparse gradients, or a closure that does not call `backward`.
 
-    Reference: Prieto et al., "Grokking at the Edge of Numerical Stability", 2025, section 5.
+    Reference: Prieto et al., "Grokking at the Edge of Numerical Stability", 2025.
     """
 
     def __init__(self, base_optimizer: Optimizer, per: Per = "tensor") -> None:

@@ -5,7 +5,7 @@
 A sum of K terms absorbs the others when the winner leads one competitor by about 7.6 nats in float16, 16.6 in float32 and 36.7
 in float64. Scaling all weights of a network that is homogeneous in them scales the logits: −∇L along θ only does that.
 
-Source: Prieto, Barsbey, Mediano, Birdal, ICLR 2025, "Grokking at the Edge of Numerical Stability", sections 3 and 4.
+Source: Prieto, Barsbey, Mediano, Birdal, ICLR 2025, "Grokking at the Edge of Numerical Stability".
 
 >>> import torch
 >>> from sfumato.probes import softmax_collapse
@@ -38,7 +38,7 @@ def softmax_collapse(z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         A scalar in [0, 1], float32. How the terms are summed decides cases at the very edge.
 
     Reference:
-        Prieto et al. 2025, section 3 (softmax collapse).
+        Prieto et al. 2025 (softmax collapse).
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(dtype)
@@ -75,7 +75,7 @@ def nlm_alignment(params: nn.Module | Mapping[str, Tensor]) -> dict[str, float]:
         BadData: no parameter has a gradient.
 
     Reference:
-        Prieto et al. 2025, section 4 (naive loss minimisation).
+        Prieto et al. 2025 (naive loss minimisation).
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
