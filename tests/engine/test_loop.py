@@ -14,7 +14,7 @@ import torch
 from sfumato.engine import Options, Run, Trainer, fit
 from sfumato.engine.loop import as_data, epoch
 from sfumato.errors import BadData, BadSetting, Diverged
-from sfumato.method import Loss
+from sfumato.method import Batch, Loss
 
 
 @pytest.fixture(autouse=True)
@@ -152,10 +152,67 @@ def test_a_batch_that_cannot_be_cut_is_refused():
         fit(kinds.Masked(), kinds.data(), accumulate=3, device="cpu", progress=False)
 
 
-def test_a_persons_own_loader(tmp_path):
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(kinds.data()), batch_size=8)
-    method = fit(kinds.Masked(), loader, steps=12, device="cpu", progress=False)
+def loader(*tensors, **settings):
+    data = tensors[0] if len(tensors) == 1 else torch.utils.data.TensorDataset(*tensors)
+    return torch.utils.data.DataLoader(data, batch_size=8, **settings)
+
+
+class Seeing(kinds.Masked):
+    """Keeps the batches that its loss was given."""
+
+    def loss(self, batch, ctx):
+        self.__dict__.setdefault("seen", []).append(batch)
+        return super().loss(batch, ctx)
+
+
+@pytest.mark.parametrize(
+    ("field", "given"), [("label", torch.arange(36)), ("target", kinds.data(36).flip(0))], ids=["labels", "targets"]
+)
+def test_a_persons_own_loader(field, given):
+    """One whose last batch is smaller, and which ends before the training does."""
+    x = kinds.data(36)
+    method = fit(Seeing(), loader(x, given), steps=7, device="cpu", progress=False)
     assert not method.training
+    for name, value in {"x": x, "index": torch.arange(52), field: given}.items():
+        whole = value if name == "index" else torch.cat((value, value[:16]))
+        assert torch.equal(torch.cat([getattr(b, name) for b in method.seen]), whole)
+    assert all(getattr(b, {"label": "target", "target": "label"}[field]) is None for b in method.seen)
+
+
+def test_a_loader_of_tuples_of_one_and_of_batches_is_the_same():
+    x = kinds.data()
+    data = [loader(x), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), 8)]
+    data.append([Batch(part, torch.arange(len(part))) for part in x.split(8)].__iter__())
+    weights = [fit(kinds.Masked(), d, steps=5, device="cpu", progress=False).net[0].weight for d in data]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+def test_held_out_data_may_be_a_loader(tmp_path):
+    class Counting(kinds.Masked):
+        def evaluate(self, batches):
+            return {"count": sum(len(b) for b in batches)}
+
+    run = new_run(tmp_path, "held-out")
+    fit(Counting(), loader(kinds.data()), steps=1, held_out=loader(kinds.data(36)), run=run, device="cpu", progress=False)
+    assert json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])["eval"] == {"count": 36}
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (loader([{"image": x} for x in kinds.data()]), "gives dict: let it give images"),
+        (loader([(x, "a name") for x in kinds.data()]), "gives Tensor, .*: let it give images"),
+        (loader(255 * kinds.data()), "divide by 255"),
+        (loader(kinds.data() - 0.5), r"bring them to \[0, 1\]"),
+        (iter(kinds.data().split(8)), "cannot be read twice"),
+        (iter([]), "the loader is empty"),
+    ],
+    ids=["dicts", "names", "255", "standardised", "iterator", "empty"],
+)
+def test_a_loader_that_gives_something_else_is_refused_in_one_line(data, told):
+    with pytest.raises(BadData, match=told):
+        fit(kinds.Masked(), data, steps=7, device="cpu", progress=False)
 
 
 def test_bf16_trains():

@@ -40,7 +40,7 @@ from sfumato.engine.objective import Objective
 from sfumato.engine.progress import Progress
 from sfumato.engine.randomness import key, seed_everything
 from sfumato.engine.run_folder import Run
-from sfumato.engine.stream import Stream, stream, stream_loader
+from sfumato.engine.stream import Augmented, Stream, collate, read_loader, stream, stream_loader
 from sfumato.errors import BadCheckpoint, BadData, BadSetting, Diverged, Interrupted, MissingExtra, SfumatoError
 from sfumato.method import Batch, Context, Method, Result
 
@@ -105,12 +105,13 @@ def fit(
     Args:
         method: freshly built, or as a checkpoint left it when `run` holds one.
         data: a place (`"sample:digits"`, a folder, ...), a tensor `[N, C, H, W]`, a list of images, a `Batch`, a data set, or
-            your own DataLoader.
+            your own DataLoader: it gives images in [0, 1], `(images, labels)`, `(images, targets)` or a `Batch`; its batches are
+            taken as they come (no `augment`), and of several processes each must be given its share.
         steps: optimizer steps; None: the method's own number.
         minutes: a time instead: a few throw-away steps are timed, and the number of steps is fixed from them.
         run: a run folder to write to; a checkpoint in it is continued.
         progress: show a progress bar.
-        held_out: data for `method.evaluate` at the end.
+        held_out: data for `method.evaluate` at the end, of the same kinds.
         **options: see `Options`.
 
     Raises:
@@ -394,8 +395,9 @@ def as_data(data: Any) -> Any:
 
 def epoch(data: Any, batch_size: int, augment: Callable[..., Any] | None = None, seed: int = 0) -> Iterator[Batch]:
     """Every sample once, in order; a batch ends early where the next image has another size."""
-    from sfumato.engine.stream import Augmented, collate
-
+    if not hasattr(data, "__getitem__"):
+        yield from read_loader(data)
+        return
     samples = Augmented(data, augment, seed)
     batch: list[Any] = []
     for i in range(len(data)):
