@@ -176,14 +176,14 @@ def pyhessian_density(net: nn.Module, data: Batches, steps: int) -> Run:
 
 @race(
     "Curvature: Hessian-vector products, the largest eigenvalue, the spectral density",
-    "Ours and curvlinops differentiate forward over reverse, anew for every product; pyhessian differentiates reverse over reverse "
-    "and, for a single batch, keeps the graph of the gradient from one product to the next, which takes its memory and saves a "
-    "forward and a backward pass. The eigenvalue is a matter of how many products are needed: Lanczos with thick restarts (ours), "
-    "ARPACK (curvlinops, through scipy), the power iteration (pyhessian).",
+    "For one vector ours differentiates reverse over reverse, curvlinops forward over reverse with more bookkeeping. pyhessian does "
+    "as ours, but for a single batch it keeps the graph of the gradient from one product to the next, which holds its memory and "
+    "saves a forward and a backward pass: there it is faster. The eigenvalue depends on how many products are needed: Lanczos "
+    "looked at after every fifth (ours), ARPACK (curvlinops, through scipy), the power iteration (pyhessian).",
 )
 def curvature(quick: bool) -> Iterator[Heat]:
     """The same products to 1e-4, eigenvalues to 1e-2; pyhessian's density starts from our signs."""
-    width, thin, size, steps = (16, 8, 32, 10) if quick else (192, 16, 128, 40)
+    width, thin, size, steps = (16, 8, 32, 10) if quick else (192, 16, 128, 30)
     cases = {
         "fully connected, four batches": (partial(digits_net, width), 4),
         "convolutional, one batch": (partial(digits_convnet, thin), 1),
@@ -198,7 +198,7 @@ def curvature(quick: bool) -> Iterator[Heat]:
         yield Heat(f"product: {name}", lanes, tolerance=1e-4)
         values = {"sfumato": our_eigenvalue, "curvlinops": curvlinops_eigenvalue, "pyhessian": pyhessian_eigenvalue}
         lanes = {k: partial(make_run, net, data, 1e-3) for k, make_run in values.items()}
-        yield Heat(f"largest eigenvalue: {name}", lanes, tolerance=1e-2)
+        yield Heat(f"largest eigenvalue: {name}", lanes, tolerance=1e-2, memory=False)
         densities = {"sfumato": our_density, "curvlinops": curvlinops_density, "pyhessian": pyhessian_density}
         yield Heat(
             f"density, {steps} Lanczos steps: {name}",
@@ -208,4 +208,5 @@ def curvature(quick: bool) -> Iterator[Heat]:
                 for k, make_run in densities.items()
             },
             tolerance=1e-2,
+            memory=False,
         )
