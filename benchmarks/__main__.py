@@ -10,6 +10,7 @@ import time
 import warnings
 from pathlib import Path
 
+
 def main(argv: list[str] | None = None) -> int:
     """Run races; 0: all ran (missing peers are skipped), 1: one failed, 2: no such race."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Races against other libraries.")

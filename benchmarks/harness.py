@@ -148,11 +148,11 @@ def run_race(race: Race, *, rounds: int, quick: bool = False, say: Callable[[str
 def _launch(race: Race, rounds: int, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """The same race inside of several processes on this machine."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
+        out, threads = Path(folder) / "result.json", str(torch.get_num_threads())
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={race.processes}"]
-        command += ["-m", "benchmarks", race.name, "--rounds", str(rounds), "--threads", str(torch.get_num_threads())]
+        command += ["-m", "benchmarks", race.name, "--rounds", str(rounds), "--threads", threads]
         command += ["--out", str(out), *(["--quick"] if quick else [])]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": threads}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
             last = [line for line in done.stderr.splitlines() if ResultsDiffer.__name__ in line]

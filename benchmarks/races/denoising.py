@@ -27,7 +27,7 @@ def shuffled(net: ConditionalBlindSpotNet, noisy: Tensor) -> Run:
 
 
 def shuffled_and_averaged(net: ConditionalBlindSpotNet, noisy: Tensor) -> Run:
-    """AP-BSN with R3 (Lee et al. 2022): that, then the mean of blind passes over copies in which random pixels are noisy again."""
+    """AP-BSN with R3 (Lee et al. 2022): that, then the mean of blind passes over copies with some pixels noisy again."""
 
     def run() -> Tensor:
         generator = torch.Generator().manual_seed(0)

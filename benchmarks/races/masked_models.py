@@ -164,8 +164,8 @@ def loss_and_size(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 @race(
     "Training step of a masked autoencoder: mask, forward, backward, AdamW",
-    "The blocks are the same products (lightly's and ours are timm's; transformers has three matrices for queries, keys and values "
-    "instead of one). Ours embeds the visible patches alone, the others embed all and drop three quarters of them.",
+    "The blocks are the same products: lightly's and ours are timm's, transformers has three matrices for queries, keys and "
+    "values instead of one. Ours embeds the visible patches alone, the others embed all and drop three quarters of them.",
 )
 def mae(quick: bool) -> Iterator[Heat]:
     """With the same weights and mask the losses of the first step are equal; the timed lanes draw their own masks."""
@@ -176,7 +176,7 @@ def mae(quick: bool) -> Iterator[Heat]:
     models = {"sfumato": Ours, "lightly": lightly_model, "transformers": transformers_model}
     weights = sum(p.numel() for p in our_model(sizes).parameters())
     yield Heat(
-        f"ViT of width {sizes['dim']} and depth {sizes['depth']}, {weights / 1e6:.2g} M weights, {batch} pictures of {side} pixels",
+        f"ViT, width {sizes['dim']}, depth {sizes['depth']}, {weights / 1e6:.2g} M weights, {batch} pictures of {side} pixels",
         {name: partial(training, model, sizes, x) for name, model in models.items()},
         checks={name: partial(training, model, sizes, x, hidden) for name, model in models.items()},
         difference=loss_and_size,
@@ -211,8 +211,8 @@ def holes(ours: Tensor, theirs: Tensor) -> float:
 
 @race(
     "Green masks: windows of a bank of filtered noise, against MAE's sorted noise",
-    "A mask of a window costs an index and a partial sort, where MAE sorts twice; both are next to nothing beside a step, and "
-    "the masks are different ones by design: only the number of hidden tokens is compared.",
+    "A window costs a dozen small operations and a partial sort, where MAE sorts twice: more for few tokens, less for many. Both "
+    "are next to nothing beside a step. The masks differ by design: only the number of hidden tokens is compared.",
 )
 def color_masks(quick: bool) -> Iterator[Heat]:
     """The draw alone, and as a share of the step of the race `mae`."""

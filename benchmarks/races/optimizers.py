@@ -77,13 +77,19 @@ def theirs(module: str, make: Callable[[], nn.Module], batch: tuple[Tensor, Tens
     return trained(net, step, batch)
 
 
+def difference_of_updates(start: Tensor, ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest relative one over all weights: updates differ by many orders of magnitude."""
+    a, b = (flatten_params(weights).detach() for weights in (ours, theirs))
+    return float(((a - b).abs() / (b - start).abs().clamp_min(1e-6)).max())
+
+
 @race(
     "AdaHessian step: forward, gradient, one Hessian-vector product, update",
     "All do the same two passes through the graph, which is most of the step; ours draws all signs at once and updates all "
     "weights in fused passes, as pytorch_optimizer does, where timm goes weight by weight.",
 )
 def adahessian(quick: bool) -> Iterator[Heat]:
-    """The same signs give the same weights; the timed lanes draw their own, one sign vector a step."""
+    """The same signs give the same update of every weight; the timed lanes draw their own, one sign vector a step."""
     generator = torch.Generator().manual_seed(0)
     width, thin, size = (128, 8, 16) if quick else (2048, 32, 32)
     labels = torch.randint(10, (64,), generator=generator)
@@ -93,10 +99,12 @@ def adahessian(quick: bool) -> Iterator[Heat]:
     }
     for name, (make, x) in cases.items():
         batch = (x, labels)
-        count = sum(p.numel() for p in make().parameters())
+        start = flatten_params(built(make)).detach()
         peers: dict[str, Lane] = {m: partial(theirs, m, make, batch) for m in ("pytorch_optimizer", "timm")}
         yield Heat(
-            f"{name}, {count / 1e6:.2g} M weights, batch 64",
+            f"{name}, {len(start) / 1e6:.2g} M weights, batch 64",
             {"sfumato": partial(ours, make, batch), **peers},
             checks={"sfumato": partial(ours, make, batch, given=True), **peers},
+            tolerance=1e-3,
+            difference=partial(difference_of_updates, start),
         )

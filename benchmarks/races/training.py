@@ -135,8 +135,8 @@ def engine_bare(quick: bool) -> Iterator[Heat]:
 
 @race(
     "The engine over accelerate's own loop in DDP, two processes on the CPU",
-    "The engine sums all gradients in one reduction after the backward pass, because losses are weighted and may be called again; "
-    "DDP sums buckets while it is still running, which pays with large networks and slow links.",
+    "The engine sums all gradients in one reduction after the backward pass, as losses are weighted and may be called again. "
+    "DDP sums buckets while that pass is still running, which pays with large networks and slow links.",
     processes=2,
 )
 def engine_processes(quick: bool) -> Iterator[Heat]:
