@@ -150,9 +150,9 @@ class _OverData(_Differentiating):
 class HessianOperator(_OverData):
     """The Hessian ∇²L of a mean loss; symmetric, not definite.
 
-    A product with one vector runs reverse over reverse; several columns run forward over reverse, all at once, which on a CPU
-    pays from four columns on and holds `chunk` times more. With `forward_mode = False` on the operator they run reverse over
-    reverse too, one graph for all and one column after the other: the same numbers in less memory.
+    A product with one vector runs reverse over reverse, the fastest way for one. Several columns run forward over reverse, all
+    (or `chunk`) at once; with `forward_mode = False` on the operator they run reverse over reverse too, one after the other on
+    one graph: the same numbers in less memory, and on a CPU slower only for many columns.
 
     Args:
         model: any module; its present weights are read at every product, and nothing of it is changed.
