@@ -126,7 +126,7 @@ def test_races_are_shown_with_what_was_won_and_lost(generate, monkeypatch, tmp_p
     assert row in page
     assert '| – | <span class="verdict bad">slower</span> |' in page
     assert "Not raced: c: no module; pip install c." in page
-    assert "Toaster, 2 cores, 1 a process; Python 3.11, torch 2.9; 2025-01-31." in page
+    assert "Toaster, 2 cores, 1 thread(s); Python 3.11, torch 2.9; 2025-01-31." in page
 
 
 def test_every_stored_race_is_on_the_page(generate):
