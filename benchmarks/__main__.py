@@ -1,4 +1,4 @@
-"""The command: `python -m benchmarks NAME... | --all | --list [--rounds N] [--quick] [--threads N]`."""
+"""The command: `python -m benchmarks NAME... | --all | --list [--rounds N] [--quick] [--threads N] [--clock cpu]`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="rounds that count, one more warms up; default 10, quick 3")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; nothing is stored")
     parser.add_argument("--threads", type=int, default=1, help="of torch, in each process; default 1")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine, with one thread")
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)  # where a race inside of torchrun leaves its result
     options = parser.parse_args(argv)
 
@@ -45,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         started = time.perf_counter()
         print(f"{name}: {races[name].title}", flush=True)
         try:
-            result = harness.run_race(races[name], rounds=rounds, quick=options.quick, say=lambda s: print(s, flush=True))
+            result = harness.run_race(
+                races[name], rounds=rounds, quick=options.quick, clock=options.clock, say=lambda s: print(s, flush=True)
+            )
         except Exception as error:  # the other races still run
             print(f"FAILED {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             failed += 1

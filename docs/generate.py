@@ -264,8 +264,8 @@ def machines(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     groups: dict[str, list[str]] = {}
     for race in results:
         m = race["machine"]
-        versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
-        told = f"{m['cpu']}, {m['cores']} cores, {m['threads']} thread(s); Python {m['python']}, {versions}; {race['date']}"
+        versions = ", ".join(f"{name} {version}" for name, version in {"Python": m["python"], **m["versions"]}.items())
+        told = f"{m['cpu']}, {m['cores']} cores, {m['threads']} thread(s); {versions}; {race['clock']} time, {race['date']}"
         groups.setdefault(told, []).append(race["race"])
     for told, names in groups.items():
         yield plain(told if len(groups) == 1 else f"{', '.join(names)}: {told}") + "."

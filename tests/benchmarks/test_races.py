@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -70,9 +71,13 @@ def test_differences_are_relative_to_the_largest_value():
 def test_rounds_are_interleaved_and_the_first_one_warms_up():
     calls = []
     runs = {name: lane(i, calls)() for i, name in enumerate(("ours", "a", "b"))}
-    seconds = harness.time_lanes(runs, rounds=2)
+    seconds = harness.time_lanes(runs, 2)
     assert calls == [0, 1, 2, 1, 2, 0, 2, 0, 1]
     assert all(len(s) == 2 and min(s) > 0 for s in seconds.values())
+
+
+def test_the_cpu_clock_does_not_count_waiting():
+    assert harness.time_lanes({"sfumato": lambda: time.sleep(0.02)}, 1, "cpu")["sfumato"][0] < 0.01
 
 
 def test_peak_counts_what_is_held_at_once():
@@ -130,7 +135,7 @@ def test_a_missing_peer_is_skipped_with_a_line_and_the_rest_is_stored(tmp_path):
     assert said[-1] == f"  skipped {told}"
     stored = json.loads(harness.store(result, tmp_path / "results").read_text())
     assert stored == result
-    assert set(stored) == {"race", "title", "why", "date", "machine", "processes", "rounds", "heats", "skipped"}
+    assert set(stored) == {"race", "title", "why", "date", "machine", "processes", "rounds", "clock", "heats", "skipped"}
     assert set(stored["machine"]) == {"cpu", "cores", "threads", "load", "python", "versions"}
     assert "torch" in stored["machine"]["versions"]
     (heat,) = stored["heats"]
@@ -188,7 +193,12 @@ def test_list_names_every_race_without_its_peers(capsys):
     assert {"adahessian", "mae", "color_masks", "curvature", "sampling", "cbsn", "engine_bare", "engine_processes"} <= set(names)
 
 
-@pytest.mark.parametrize("name", ["adahessian", "color_masks", "sampling", "cbsn", "engine_bare"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["color_masks", "sampling", *(pytest.param(name, marks=SLOW) for name in ("adahessian", "cbsn", "engine_bare"))]
+)
 def test_races_whose_peers_are_dependencies_agree(name):
     """The small sizes, one round: results are compared, times are not."""
     threads = torch.get_num_threads()

@@ -116,8 +116,10 @@ def test_races_are_shown_with_what_was_won_and_lost(generate, monkeypatch, tmp_p
     lanes = {"sfumato": {"ms": 1.0, "peak_mb": 10.0}, "a_peer": {"ms": 2.0, **quartiles}, "b": {"ms": 2000.0, **lost}}
     heat = {"name": "a step | small", "limit": None, "tolerance": 1e-5, "lanes": lanes}
     machine = {"cpu": "Toaster", "cores": 2, "threads": 1, "load": 0, "python": "3.11", "versions": {"torch": "2.9"}}
-    race = {"race": "x", "title": "A step", "why": "It is less work.", "date": "2025-01-31", "machine": machine, "heats": [heat]}
-    (tmp_path / "x.json").write_text(json.dumps({**race, "skipped": {"c": "c: no module; pip install c"}}))
+    race = {"race": "x", "title": "A step", "why": "It is less work.", "date": "2025-01-31", "heats": [heat]}
+    (tmp_path / "x.json").write_text(
+        json.dumps({**race, "clock": "wall", "machine": machine, "skipped": {"c": "c: no module; pip install c"}})
+    )
     monkeypatch.setattr(generate, "RACES", tmp_path)
     page = generate.pages()["races.md"]
     assert "Faster once, slower once. It is less work." in page
@@ -126,7 +128,7 @@ def test_races_are_shown_with_what_was_won_and_lost(generate, monkeypatch, tmp_p
     assert row in page
     assert '| – | <span class="verdict bad">slower</span> |' in page
     assert "Not raced: c: no module; pip install c." in page
-    assert "Toaster, 2 cores, 1 thread(s); Python 3.11, torch 2.9; 2025-01-31." in page
+    assert "Toaster, 2 cores, 1 thread(s); Python 3.11, torch 2.9; wall time, 2025-01-31." in page
 
 
 def test_every_stored_race_is_on_the_page(generate):
