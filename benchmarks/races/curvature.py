@@ -178,7 +178,8 @@ def pyhessian_density(net: nn.Module, data: Batches, steps: int) -> Run:
     "Curvature: Hessian-vector products, the largest eigenvalue, the spectral density",
     "For one vector ours differentiates reverse over reverse, curvlinops forward over reverse. pyhessian does as ours, but for a "
     "single batch it keeps the graph of the gradient from one product to the next, which holds its memory and saves a forward "
-    "and a backward pass. The eigenvalue depends on how many products are needed: Lanczos looked at after every fifth (ours), "
+    "and a backward pass, and it leaves out what ours sees to (eval mode, exact arithmetic, the module as it was), which a small "
+    "network feels. The eigenvalue depends on how many products are needed: Lanczos looked at after every fifth (ours), "
     "ARPACK (curvlinops, through scipy), the power iteration (pyhessian). For the density ours re-orthogonalises twice, "
     "pyhessian once, curvlinops never.",
 )
