@@ -16,6 +16,7 @@ True
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -186,17 +187,19 @@ def eigs(
     projected = torch.zeros(size, size, dtype=op.dtype, device=op.device)
     kept, products = 0, 0
     while True:
-        last = _extend(op, basis, projected, kept, size, generator)
-        products += size - kept
-        values, s = torch.linalg.eigh((projected + projected.T) / 2)
-        order = _order(values, which)
-        values, s = values[order], s[:, order]
-        converged = bool(((last * s[-1, :k]).abs() <= max(tol, torch.finfo(op.dtype).eps) * values.abs().max()).all())
-        if converged or size == d or products >= max_iter:
-            vectors = torch.linalg.qr(basis[:, :size] @ s[:, :k])[0]
-            images = op @ vectors
-            values = (vectors * images).sum(0)
-            return Eigenpairs(values, vectors, (images - vectors * values).norm(dim=0))
+        for start, stop in itertools.pairwise([kept, *range(max(kept, 2 * k) + 5, size, 5), size]):
+            last = _extend(op, basis, projected, start, stop, generator)
+            products += stop - start
+            square = projected[:stop, :stop]
+            values, s = torch.linalg.eigh((square + square.T) / 2)
+            order = _order(values, which)
+            values, s = values[order], s[:, order]
+            converged = bool(((last * s[-1, :k]).abs() <= max(tol, torch.finfo(op.dtype).eps) * values.abs().max()).all())
+            if converged or stop == d or products >= max_iter:
+                vectors = torch.linalg.qr(basis[:, :stop] @ s[:, :k])[0]
+                images = op @ vectors
+                values = (vectors * images).sum(0)
+                return Eigenpairs(values, vectors, (images - vectors * values).norm(dim=0))
         kept = min(k + (size - k) // 2, size - 1)
         basis[:, : kept + 1] = torch.cat([basis[:, :size] @ s[:, :kept], basis[:, size:]], 1)
         projected.zero_()
