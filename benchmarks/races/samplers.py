@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.harness import Heat, Run, race
 from benchmarks.races.optimizers import built
-from sfumato.diffusion import Schedule, beta_schedule, sample_ddim
+from sfumato.diffusion import ResidualSchedule, Schedule, beta_schedule, sample_ddim, sample_residual
 from sfumato.nn import small_unet
 
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -42,11 +42,24 @@ def our_ddim(model: Model, x: Tensor, steps: int) -> Run:
     return lambda: sample_ddim(model, x, schedule, steps=steps)
 
 
-def diffusers_ddim(model: Model, x: Tensor, steps: int) -> Run:
+def our_residual(model: Model, x: Tensor, steps: int) -> Run:
+    """RDDM's sampler with nothing to restore and DDIM's tables: then it must be DDIM, at times that begin with the last."""
+    schedule = ResidualSchedule.from_ddim(Schedule(beta_schedule("linear")))
+    start = x / schedule.beta_bar[-1].to(x)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        settings: dict[str, Any] = {"objective": "pred_noise", "clip": False, "clip_res": None}
+        return sample_residual(model, torch.zeros_like(x), schedule, steps=steps, start=start, **settings)
+
+    return run
+
+
+def diffusers_ddim(model: Model, x: Tensor, steps: int, spacing: str = "leading") -> Run:
     """The loop of its documentation."""
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(1000, clip_sample=False, set_alpha_to_one=True)
+    scheduler = DDIMScheduler(1000, clip_sample=False, set_alpha_to_one=True, timestep_spacing=spacing)
 
     @torch.no_grad()
     def run() -> Tensor:
@@ -61,6 +74,7 @@ def diffusers_ddim(model: Model, x: Tensor, steps: int) -> Run:
 
 LOOPS: dict[str, tuple[Callable[[Model, Tensor, int], Run], dict[str, Callable[[Model, Tensor, int], Run]]]] = {
     "DDIM": (our_ddim, {"diffusers": diffusers_ddim}),
+    "RDDM": (our_residual, {"diffusers": partial(diffusers_ddim, spacing="trailing")}),
 }
 """A sampler's name, our loop, and its peers' loops: `(model, noise, steps) -> run` that gives the pictures."""
 
