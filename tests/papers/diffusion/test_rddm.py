@@ -240,7 +240,7 @@ def test_select_objective_by_what_the_network_can_learn():
 def test_the_claims_run_and_report_every_arm(claim, rows, monkeypatch):
     few = [Batch(part.x[:40], part.index[:40]) for part in digits()]
     monkeypatch.setattr(rddm, "digits", lambda **_: few)
-    lab = Lab(0, budget=1 / 500)
+    lab = Lab(0, budget=1 / 400)
     figures = claim(lab)
     assert {"degraded", "RDDM, 2 steps", "RDDM, 5 steps", "DDIM, 5 steps", "DDIM, 50 steps"} <= figures.keys()
     assert figures["degraded"]["PSNR"] == pytest.approx(9.0, abs=0.5)

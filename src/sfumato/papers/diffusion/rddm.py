@@ -474,7 +474,7 @@ _TINY = {
     "channels": 1, "patch": 8, "sharing": "all", "width": 16, "mults": (1, 2), "layers": 1, "batch_size": 32, "lr": 3e-3,
     "ema": 0.99, "ema_every": 1, "clip_res": 2.0,
 }  # fmt: skip
-_LOW_LIGHT = {"blur": 3, "gain": 0.4, "sigma": 0.05}
+_LOW_LIGHT: dict[str, Any] = {"blur": 3, "gain": 0.4, "sigma": 0.05}
 
 
 @claim(
@@ -513,7 +513,7 @@ def without_noise_prediction(lab: Lab) -> Figures:
 
 
 def _compare(lab: Lab, arms: dict[str, tuple[type[RDDM], ResidualObjective]]) -> Figures:
-    """Every arm trained for 500 steps and sampled once a picture, in several numbers of steps."""
+    """Every arm trained for 400 steps and sampled once a picture, in several numbers of steps."""
     train, test = digits(train=1500, seed=lab.seed)
     generator = lab.generator
     pairs = Batch(degrade(train.x, **_LOW_LIGHT, generator=generator), train.index, target=train.x)
@@ -522,7 +522,7 @@ def _compare(lab: Lab, arms: dict[str, tuple[type[RDDM], ResidualObjective]]) ->
     shown = [dark[:8]]
     for name, (kind, objective) in arms.items():
         torch.manual_seed(lab.seed)  # all arms begin at the same weights, as far as their shapes are the same
-        method = lab.fit(kind(RDDM.Config(**{**_TINY, "objective": objective})), pairs, steps=lab.steps(500))
+        method = lab.fit(kind(RDDM.Config(**{**_TINY, "objective": objective})), pairs, steps=lab.steps(400))
         restored = {k: method.restore(dark, steps=k).detach() for k in ((1,) if kind is _Direct else counts)}
         values = {k: psnr(x, test.x).mean().item() for k, x in restored.items()}
         shown.append(restored.get(5, restored[1])[:8])
