@@ -207,7 +207,7 @@ class RDDM(Method):
         def small(cls, **over: Any) -> Self:
             """Patches of photographs on two cores in minutes."""
             small = {
-                "steps": 1500, "batch_size": 8, "patch": 48, "sharing": "all", "width": 32, "mults": (1, 2), "layers": 1,
+                "steps": 1500, "batch_size": 8, "patch": 48, "sharing": "all", "width": 32, "mults": (1, 2, 2, 2), "layers": 1,
                 "lr": 1e-3, "ema_every": 1, "sample_steps": 5, "clip_res": 2.0,
             }  # fmt: skip
             return cls(**{**small, **over})
