@@ -25,3 +25,4 @@ from .shapes import discs as discs
 from .shapes import simple_shapes as simple_shapes
 from .sources import describe as describe
 from .sources import open_data as open_data
+from .teachers import single_index as single_index

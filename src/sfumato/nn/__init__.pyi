@@ -9,6 +9,10 @@ from .latent_codec import DiffusersVAE as DiffusersVAE
 from .latent_codec import IdentityCodec as IdentityCodec
 from .latent_codec import LatentCodec as LatentCodec
 from .latent_codec import PatchPCA as PatchPCA
+from .linear_models import LinearisedModel as LinearisedModel
+from .linear_models import ScaledOutput as ScaledOutput
+from .linear_models import linearise as linearise
+from .linear_models import scale_output as scale_output
 from .masked_vit import EncoderOutput as EncoderOutput
 from .masked_vit import MaskedDecoder as MaskedDecoder
 from .masked_vit import MaskedViTEncoder as MaskedViTEncoder

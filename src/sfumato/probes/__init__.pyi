@@ -1,3 +1,8 @@
+from .batch_spectrum import batch_hessians as batch_hessians
+from .batch_spectrum import effective_batch as effective_batch
+from .batch_spectrum import hessian_noise as hessian_noise
+from .batch_spectrum import max_stable_lr as max_stable_lr
+from .batch_spectrum import noise_edge as noise_edge
 from .boundary import FreeTilt as FreeTilt
 from .boundary import LocalGeometry as LocalGeometry
 from .boundary import TiltingPlane as TiltingPlane
@@ -26,6 +31,9 @@ from .evaluation import knn_probe as knn_probe
 from .evaluation import layer_probe as layer_probe
 from .evaluation import linear_probe as linear_probe
 from .evaluation import token_probe as token_probe
+from .kernels import kernel_alignment as kernel_alignment
+from .kernels import kernel_regression as kernel_regression
+from .kernels import kernel_velocity as kernel_velocity
 from .krylov import Density as Density
 from .krylov import Eigenpairs as Eigenpairs
 from .krylov import Lanczos as Lanczos
@@ -57,5 +65,8 @@ from .paths import path_loss as path_loss
 from .per_sample import ntk as ntk
 from .per_sample import per_sample_grads as per_sample_grads
 from .permutation import match_permutation as match_permutation
+from .random_matrix import spike_overlap as spike_overlap
+from .random_matrix import spiked_wigner as spiked_wigner
+from .random_matrix import spiked_wishart as spiked_wishart
 from .stochastic_trace import Estimate as Estimate
 from .stochastic_trace import hutchinson as hutchinson
