@@ -26,6 +26,12 @@ from .evaluation import knn_probe as knn_probe
 from .evaluation import layer_probe as layer_probe
 from .evaluation import linear_probe as linear_probe
 from .evaluation import token_probe as token_probe
+from .information import Information as Information
+from .information import InformationPlane as InformationPlane
+from .information import adaptive_bin_edges as adaptive_bin_edges
+from .information import binned_information_bits as binned_information_bits
+from .information import kde_information as kde_information
+from .information import pattern_entropy_bits as pattern_entropy_bits
 from .krylov import Density as Density
 from .krylov import Eigenpairs as Eigenpairs
 from .krylov import Lanczos as Lanczos
