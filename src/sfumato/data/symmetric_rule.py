@@ -1,4 +1,4 @@
-"""A rule on 12 bits that does not change when a sphere is turned, with all its 4,096 patterns: small enough to know every entropy.
+"""A rule on 12 bits that does not change when a sphere is turned, on all 4,096 patterns: small enough to know every entropy.
 
 The bits are the corners of an icosahedron. With k ones, e pairs of neighbours and a pairs of opposite corners among them
 

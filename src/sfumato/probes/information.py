@@ -187,7 +187,7 @@ class InformationPlane:
 
     def __init__(
         self, model: nn.Module, layers: Sequence[str], data: Any, *, bins: int = 30,
-        low: float | None | Mapping[str, float | None] = None, softmax: Collection[str] = (),
+        low: float | Mapping[str, float | None] | None = None, softmax: Collection[str] = (),
         estimator: Callable[[Tensor, Tensor], Information] | None = None,
     ) -> None:  # fmt: skip
         inputs, labels = data if isinstance(data, tuple) else (data.x, data.label)

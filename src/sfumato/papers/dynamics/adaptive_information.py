@@ -1,4 +1,4 @@
-"""Does training compress hidden layers? Measured with bins that adapt to the activity (Chelombiev, Houghton, O'Donnell, ICLR 2019).
+"""Does training compress hidden layers? Bins that adapt to the activity tell (Chelombiev, Houghton, O'Donnell, ICLR 2019).
 
     compression of a layer = 1 − I(X;T) at the end / the largest I(X;T) on the way
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -79,7 +80,7 @@ def network(unit: str, widths: Sequence[int] = HIDDEN, *, generator: torch.Gener
         raise BadSetting(f"unit {unit!r} is not known; did you mean {' or '.join(nearest(unit, UNITS) or UNITS)}?")
     module, scale, _ = UNITS[unit]
     sizes = [12, *widths, 2]
-    linears = [nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False)]
+    linears = [nn.Linear(i, o) for i, o in pairwise(sizes)]
     for linear in linears:
         std = scale / linear.in_features**0.5
         nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
@@ -91,7 +92,7 @@ def network(unit: str, widths: Sequence[int] = HIDDEN, *, generator: torch.Gener
 def planes(networks: Sequence[nn.Sequential], unit: str, data: Samples) -> list[InformationPlane]:
     """One information plane for each network, with the bins of the paper; the last layer as probabilities."""
     names = [name for name, _ in networks[0].named_children()]
-    low = {name: UNITS[unit].low for name in names} | {"output": 0.0}
+    low = dict.fromkeys(names, UNITS[unit].low) | {"output": 0.0}
     return [InformationPlane(net, names, data, low=low, softmax=("output",)) for net in networks]
 
 
@@ -157,7 +158,7 @@ class Trained(NamedTuple):
 
 
 def trained(lab: Lab, unit: str, count: int, l2: Sequence[float] = (0.0,)) -> Trained:
-    """`count` networks from different first weights, each with every penalty in turn, on 80 % of the task; measured on all of it."""
+    """`count` networks from different first weights, each with every penalty in turn, on 80 % of the task; measured on all."""
     task, generator = symmetric_rule_12bit(), lab.generator
     assert task.label is not None
     train, test = torch.randperm(len(task), generator=generator).split(round(0.8 * len(task)))
