@@ -1,3 +1,7 @@
+from .algorithmic import match3 as match3
+from .algorithmic import match3_labels as match3_labels
+from .algorithmic import modular as modular
+from .algorithmic import sparse_parity as sparse_parity
 from .batch import Batch as Batch
 from .batch import Facts as Facts
 from .decoding import Header as Header

@@ -37,9 +37,13 @@ from .krylov import Eigenpairs as Eigenpairs
 from .krylov import Lanczos as Lanczos
 from .krylov import eigs as eigs
 from .krylov import lanczos as lanczos
+from .krylov import smoothed_spectrum as smoothed_spectrum
 from .krylov import spectral_density as spectral_density
 from .krylov import svds as svds
 from .linear_operator import LinearOperator as LinearOperator
+from .numerics import nlm_alignment as nlm_alignment
+from .numerics import softmax_collapse as softmax_collapse
+from .numerics import zero_loss_fraction as zero_loss_fraction
 from .operators import EmpiricalFisherOperator as EmpiricalFisherOperator
 from .operators import FisherOperator as FisherOperator
 from .operators import GGNOperator as GGNOperator
