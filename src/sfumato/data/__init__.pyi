@@ -25,4 +25,5 @@ from .shapes import discs as discs
 from .shapes import simple_shapes as simple_shapes
 from .sources import describe as describe
 from .sources import open_data as open_data
+from .symmetric_rule import symmetric_rule_12bit as symmetric_rule_12bit
 from .teachers import single_index as single_index

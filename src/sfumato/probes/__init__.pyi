@@ -13,8 +13,8 @@ from .boundary import free_tilt as free_tilt
 from .boundary import local_geometry as local_geometry
 from .boundary import tilt as tilt
 from .boundary import tilting_plane as tilting_plane
-from .collapse import GOF as GOF
 from .collapse import ClassStats as ClassStats
+from .collapse import GOF as GOF
 from .collapse import class_stats as class_stats
 from .collapse import gof_spectrum as gof_spectrum
 from .collapse import minority_threshold as minority_threshold
@@ -31,6 +31,12 @@ from .evaluation import knn_probe as knn_probe
 from .evaluation import layer_probe as layer_probe
 from .evaluation import linear_probe as linear_probe
 from .evaluation import token_probe as token_probe
+from .information import Information as Information
+from .information import InformationPlane as InformationPlane
+from .information import adaptive_bin_edges as adaptive_bin_edges
+from .information import binned_information_bits as binned_information_bits
+from .information import kde_information as kde_information
+from .information import pattern_entropy_bits as pattern_entropy_bits
 from .kernels import kernel_alignment as kernel_alignment
 from .kernels import kernel_regression as kernel_regression
 from .kernels import kernel_velocity as kernel_velocity
