@@ -1,4 +1,4 @@
-"""Robustness through the whole instrument: linear classifiers, where every distance and angle is known, pictures, and refusals."""
+"""Robustness through the whole instrument: linear classifiers, whose distances and angles are known, pictures, refusals."""
 
 import math
 import signal
@@ -84,7 +84,7 @@ def test_pictures_show_the_change(tmp_path):
     blocks = found.sections[-1].blocks
     assert len(blocks) == 4
     assert all(isinstance(b, Pictures) and len(b.images) == 3 for b in blocks)
-    assert all(0 <= image.min() and image.max() <= 1 for b in blocks for image in b.images.values())
+    assert all(image.min() >= 0 and image.max() <= 1 for b in blocks for image in b.images.values())
     assert "Smallest changes" in write_probe_report(found, tmp_path / "page.html").read_text()
 
 

@@ -34,7 +34,7 @@ from sfumato.instruments.progress import Progress
 from sfumato.instruments.subject import ClassifierLike, Pairs, Subject
 from sfumato.instruments.timing import samples_that_fit, seconds_a_sample
 from sfumato.nn.at_rest import eval_mode, exact_arithmetic
-from sfumato.probes.collapse import ClassStats, class_stats, nc1, nc2, nc3, pooled_stats, self_duality
+from sfumato.probes.collapse import class_stats, nc1, nc2, nc3, pooled_stats, self_duality
 
 FRAMES = {"etf": "simplex", "of": "orthogonal frame"}
 PASSES, FEWEST_A_CLASS = 2, 4
@@ -260,8 +260,8 @@ def _findings(subject: Subject, name: str, found: dict[str, Any]) -> Findings:
         notes.append(f"only the {len(counts)} classes that have samples are compared")
     if counts.min() < counts.max():
         notes.append(
-            f"classes are unequal ({counts.min()} to {counts.max()} samples): the lengths that theory then predicts depend on the "
-            "weight decay of the training and are not given (sfumato.probes.gof_spectrum computes them)"
+            f"classes are unequal ({counts.min()} to {counts.max()} samples): the lengths that theory then predicts depend on "
+            "the weight decay of the training and are not given (sfumato.probes.gof_spectrum computes them)"
         )
     notes.append("a class mean of few samples lies too near to them: NC1 of a few samples a class is too small")
     return Findings(found, headline, _words(found), sections, notes)
@@ -291,7 +291,10 @@ def _over_steps(table: list[dict[str, Any]]) -> Section:
         for title, name in (("NC2, class means", "nc2"), ("NC3", "nc3"), ("self-duality", "self_duality"))
     }
     axes = {"xlabel": "step", "height": 240}
-    plots = [Plot("curves", spread, {**axes, "ylabel": "NC1", "logy": True}), Plot("curves", rest, {**axes, "ylabel": "distance"})]
+    plots = [
+        Plot("curves", spread, {**axes, "ylabel": "NC1", "logy": True}),
+        Plot("curves", rest, {**axes, "ylabel": "distance"}),
+    ]
     return Section("Over training", "At the checkpoints that the run kept; distances from a simplex.", [plots])
 
 
@@ -301,12 +304,11 @@ def _words(found: Mapping[str, Any]) -> str:
     state = "Collapsed" if spread < NEAR else "Partly collapsed" if spread < FAR else "Not collapsed"
     words = [f"{state}: samples of a class spread {spread:.2g} times as much as the class means do (NC1 = {found['nc1']:.3g})."]
     frame = min(FRAMES, key=lambda f: means[f])
-    if means[frame] < random[frame] / 2:
-        words.append(f"The class means come near to {'a simplex' if frame == 'etf' else 'an orthogonal frame'} ({means[frame]:.2g}).")
+    near, chance = means[frame], random[frame]
+    if near < chance / 2:
+        words.append(f"The class means come near to {'a simplex' if frame == 'etf' else 'an orthogonal frame'} ({near:.2g}).")
     else:
-        words.append(
-            f"The class means are near to neither frame: {means[frame]:.2g} from the nearer one, random directions {random[frame]:.2g}."
-        )
+        words.append(f"The class means form neither frame: {near:.2g} from the nearer one, random directions {chance:.2g}.")
     dual, chance = found["self_duality"]["etf"], found["random"]["self_duality"]["etf"]
     words.append(
         f"The rows of the last layer {'point' if dual < chance / 2 else 'do not point'} to the class means ({dual:.2g}; random "

@@ -170,11 +170,15 @@ def _words(numbers: Mapping[str, Any], settings: Settings, lead: float) -> str:
         ]
     elif over:
         parts = " and ".join(f"{formats[name]['collapsed']:.0%} in {name}" for name in over)
-        words = [f"Safe in float32, and over the edge in half precision: {parts} of the softmaxes collapse. Keep the loss in float32."]
+        words = [
+            f"Safe in float32, and over the edge in half precision: {parts} of the softmaxes collapse. Keep the loss in float32."
+        ]
     else:
         words = ["Far from the edge: no softmax collapses in any of these formats."]
     if "float32" not in over and 0 < lead < EDGES["float32"]:
-        words.append(f"In float32 half of the samples collapse once logits are about {EDGES['float32'] / lead:.2g} times as large.")
+        words.append(
+            f"In float32 half of the samples collapse once logits are about {EDGES['float32'] / lead:.2g} times as large."
+        )
     if "alignment" in numbers:
         cosine = numbers["alignment"]["all"]
         if not numbers["gradient_norm"]:
@@ -182,7 +186,9 @@ def _words(numbers: Mapping[str, Any], settings: Settings, lead: float) -> str:
         elif cosine >= settings.aligned:
             words.append(f"Training goes towards it: the gradient mostly makes weights longer (cosine {cosine:.2f}).")
         else:
-            words.append(f"Training does not head there now: lengthening the weights is little of the gradient (cosine {cosine:.2f}).")
+            words.append(
+                f"Training does not head there now: lengthening the weights is little of the gradient (cosine {cosine:.2f})."
+            )
     return " ".join(words).replace(" -", " −")
 
 

@@ -4,7 +4,7 @@
     nearest other class mean (Tanay, Griffin 2016)
 
 The smallest changes come from DeepFool (Moosavi-Dezfooli et al. 2016), the accuracy within a radius from PGD (Madry et al. 2018).
-Lengths are in units of the model's inputs, beside half the way to the nearest other class mean: as far as a change could have to go.
+Lengths are in units of the model's inputs, beside half the way to the nearest other class mean: as far as one might have to go.
 
 >>> import torch, sfumato
 >>> net = torch.nn.Linear(2, 2, bias=False)
@@ -42,8 +42,8 @@ from sfumato.probes.functional_model import as_batches
 
 SHARES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Radii of PGD, by the median first-order distance."""
-USUAL_STEPS, LINEARISATIONS = 4, 30
-"""Steps that DeepFool takes, for the plan, and at most."""
+USUAL_STEPS, LINEARISATIONS = 12, 30
+"""Steps that DeepFool takes: of the slowest sample of a batch as a rule, for the plan; and at most."""
 FEWEST, OVERRUN = 8, 1.2
 PICTURES = 4
 
@@ -63,7 +63,9 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
     """Time a gradient and a step of DeepFool, and choose samples."""
     outputs = count_outputs(subject, "robustness")
     if not subject.batches[0][0].is_floating_point():
-        raise BadData("robustness changes the inputs a little, and these are whole numbers: probe the model from its embeddings on")
+        raise BadData(
+            "robustness changes the inputs a little, and these are whole numbers: probe the model from its embeddings on"
+        )
     if settings.radii is not None and not (settings.radii and all(r > 0 for r in settings.radii)):
         raise BadSetting(f"radii={list(settings.radii)}: give at least one, all above 0")
     if settings.confidence <= 1 / outputs:
@@ -285,16 +287,17 @@ def _around(found: Mapping[str, Any]) -> Section:
 
 def _compared(settings: Settings, found: Mapping[str, Any]) -> Section:
     middle, temperature = found["medians"], found["temperature"]
+    margin = middle["margin"]
     rows = [
         {
-            "margin, median": middle["margin"], "temperature": temperature, "margin at that temperature": middle["margin"] / temperature,
+            "margin, median": margin, "temperature": temperature, "margin at that temperature": margin / temperature,
             "adversarial strength": _strength(middle["angle"]),
         }
     ]  # fmt: skip
     text = (
         f"Logits can be scaled freely, so margins of two models compare once both are divided by the temperature at which the "
-        f"median confidence is {settings.confidence:.0%}. Adversarial strength, 1 / cos of the median angle, says how much nearer "
-        "the boundary is than that of the nearest class mean (inf: the angle is 90° or more)."
+        f"median confidence is {settings.confidence:.0%}. Adversarial strength, 1 / cos of the median angle, says how much "
+        "nearer the boundary is than that of the nearest class mean (inf: the angle is 90° or more)."
     )
     return Section("To compare with other models", text, [Table(rows)])
 
@@ -309,7 +312,7 @@ def _pictures(subject: Subject, shown: list[_Shown]) -> Section | None:
         return None
     low = min(float(x.min()) for x, _ in subject.batches)
     span = max(float(x.max()) for x, _ in subject.batches) - low or 1.0
-    name = (lambda k: subject.classes[k] if subject.classes and k < len(subject.classes) else str(k))  # noqa: E731
+    name = lambda k: subject.classes[k] if subject.classes and k < len(subject.classes) else str(k)  # noqa: E731
     blocks = []
     for one in shown:
         largest = float(one.change.abs().max())
@@ -328,16 +331,16 @@ def _words(found: Mapping[str, Any]) -> str:
     if "attacked" in found and math.isfinite(middle["deepfool"]):
         share = middle["deepfool"] / middle["half_way"]
         words.append(
-            f"A change of length {middle['deepfool']:.3g} misleads half of the samples that are right: {share:.0%} of half the way "
-            f"to the next class mean. Noise of the same length misleads {found['attacked']['noise_misleads']:.0%}."
+            f"A change of length {middle['deepfool']:.3g} misleads half of the samples that are right: {share:.0%} of half the "
+            f"way to the next class mean. Noise of the same length misleads {found['attacked']['noise_misleads']:.0%}."
         )
     else:
         words.append(f"To first order the boundary is {middle['first_order']:.3g} away in the median.")
     degrees = math.degrees(middle["angle"])
     if degrees < 45:
-        lean = "the boundary stands across the line between the class means, and a change that misleads has to look like the other class"
+        lean = "the boundary stands across the line between the class means: what misleads has to look like the other class"
     elif degrees < 75:
-        lean = "the boundary leans away from the line between the class means, and so lies nearer than it need"
+        lean = "the boundary leans, and so lies nearer than it need"
     else:
         lean = "the boundary leans along the line between the class means, so changes that mislead say little of the classes"
     words.append(f"The median deviation angle is {degrees:.0f}°: {lean}.")
