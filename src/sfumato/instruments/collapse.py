@@ -249,7 +249,11 @@ def _findings(subject: Subject, name: str, found: dict[str, Any]) -> Findings:
         ideal = -1 / (len(found["by class"]["class"]) - 1)
         axes = {"xlabel": "cosine between two class means", "logy": False, "height": 240}
         sections[0] = replace(
-            sections[0], blocks=[Table(rows), Plot("spectrum", found["cosines"], axes, f"In a simplex all are {ideal:.3f}.")]
+            sections[0],
+            blocks=[
+                Table(rows),
+                Plot("spectrum", found["cosines"], axes, f"In a simplex all are {ideal:.3f}.".replace("-", "−")),
+            ],
         )
     sections.append(_by_class(subject, found))
     if "checkpoints" in found:

@@ -140,9 +140,10 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any]) -> 
         Section("Softmax", told, [Table(rows)]),
         Section("How near the edge is", "What longer weights would do: 1 is the model as it is.", [Plot("curves", scaled, axes)]),
     ]
+    notes = [*subject.eval_note, "the gradient is the mean over these samples, not that of one training batch"]
     if "alignment" in numbers:
         sections.append(_alignment(subject, numbers))
-    return Findings(numbers, headline, _words(numbers, settings, lead), sections, subject.eval_note)
+    return Findings(numbers, headline, _words(numbers, settings, lead), sections, notes)
 
 
 def _alignment(subject: Subject, numbers: Mapping[str, Any]) -> Section:

@@ -143,7 +143,7 @@ def _geometry(subject: Subject, data: Any, settings: Settings) -> dict[str, Any]
         return z[:, order.to(z.device)]
 
     pairs = [(x, torch.searchsorted(there, y)) for x, y in subject.batches]
-    means = pooled_stats(class_stats(x.flatten(1).double(), k, classes=len(there)) for x, k in pairs).means
+    means = pooled_stats(class_stats(x.flatten(1), k, classes=len(there)) for x, k in pairs).means
     rows: list[Tensor] = []
     for (x, y), (_, k) in zip(data, pairs, strict=True):
         centres = means.to(x).view(len(there), *x.shape[1:])
