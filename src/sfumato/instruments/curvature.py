@@ -27,12 +27,12 @@ from torch import Tensor
 
 from sfumato.errors import BadSetting, Diverged, Interrupted
 from sfumato.instruments.findings import Findings, Plan, Plot, Section, Table
+from sfumato.instruments.gradient import loss_and_gradient
 from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.progress import Progress
 from sfumato.instruments.subject import Subject
 from sfumato.instruments.timing import samples_that_fit, seconds_a_sample, seconds_of
 from sfumato.nn.flat import layer_slices
-from sfumato.probes.functional_model import FunctionalModel, as_batches
 from sfumato.probes.krylov import Lanczos, lanczos, smoothed_spectrum
 from sfumato.probes.linear_operator import LinearOperator
 from sfumato.probes.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
@@ -284,16 +284,9 @@ def _end(runs: Sequence[_Run], top: int, step: int) -> dict[str, list[float]]:
 
 def _gradient(subject: Subject, settings: Settings, data: Any) -> dict[str, float]:
     """The loss and the length of its gradient at the weights."""
-    function = FunctionalModel(subject.module, params=_names(subject, settings))
-    total: Any = 0.0
-    with function.at_rest(), torch.enable_grad():
-        theta = {name: t.requires_grad_() for name, t in function.theta().items()}
-        sums = [torch.zeros_like(t) for t in theta.values()]
-        for x, y in as_batches(data, subject.device):
-            value = subject.loss(function(theta, x), y) * (len(x) / subject.count)
-            torch._foreach_add_(sums, torch.autograd.grad(value, list(theta.values()), materialize_grads=True))
-            total = total + value.detach()
-    return {"loss": float(total), "gradient_norm": float(torch.stack([g.double().square().sum() for g in sums]).sum().sqrt())}
+    loss, theta = loss_and_gradient(subject, data, _names(subject, settings))
+    squares = [t.grad.double().square().sum() for t in theta.values() if t.grad is not None]
+    return {"loss": loss, "gradient_norm": float(torch.stack(squares).sum().sqrt())}
 
 
 def _findings(found: dict[str, dict[str, Any]], runs: Mapping[str, list[_Run]], at: dict[str, float]) -> Findings:

@@ -20,6 +20,9 @@ from sfumato.instruments.findings import Findings, Plan
 KINDS = {
     "curvature": "eigenvalues of the Hessian, the Gauss-Newton matrix and the empirical Fisher",
     "connectivity": "whether the loss rises on the line between two trained models",
+    "collapse": "how far a classifier's features have collapsed onto their class means (NC1, NC2, NC3)",
+    "robustness": "how small a change misleads a classifier, and in which direction",
+    "precision": "whether rounding ends a classifier's learning: collapsed softmax, gradients along the weights",
 }
 """Every kind, and what it tells. The module is called like the kind, with `_` for `-`."""
 

@@ -21,6 +21,7 @@ from .collapse import minority_threshold as minority_threshold
 from .collapse import nc1 as nc1
 from .collapse import nc2 as nc2
 from .collapse import nc3 as nc3
+from .collapse import pooled_stats as pooled_stats
 from .collapse import self_duality as self_duality
 from .denoisers import blindness as blindness
 from .denoisers import noise_autocorrelation as noise_autocorrelation
