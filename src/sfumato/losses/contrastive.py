@@ -1,6 +1,6 @@
 """Contrastive losses: pull together what belongs together, push the rest apart.
 
-    supervised:  ℓ_i = −mean_{p ∈ P(i)} s_ip + log Σ_{a ≠ i} exp(s_ia),   s_ij = cos(z_i, z_j) / τ,   P(i): the others of i's class
+    supervised:  ℓ_i = −mean_{p ∈ P(i)} s_ip + log Σ_{a ≠ i} exp(s_ia),   s_ij = cos(z_i, z_j) / τ,   P(i): others of i's class
     InfoNCE:     the same where P(i) is the other view of sample i
     spectral:    −2 E⟨z, z⁺⟩ + E⟨z, z′⟩²     (z, z⁺: two views of a sample; z, z′: of two samples; no temperature, no norm)
 
@@ -77,9 +77,7 @@ def info_nce(z1: Tensor, z2: Tensor, *, temperature: float = 0.5) -> Tensor:
         BadData: views of different shapes, or no sample.
     """
     _same_shape(z1, z2, least=1)
-    return supervised_contrastive(
-        torch.cat([z1, z2]), torch.arange(len(z1), device=z1.device), temperature=temperature, views=2
-    )
+    return supervised_contrastive(torch.cat([z1, z2]), torch.arange(len(z1), device=z1.device), temperature=temperature, views=2)
 
 
 def spectral_contrastive(z1: Tensor, z2: Tensor) -> Tensor:
@@ -105,7 +103,7 @@ def spectral_contrastive(z1: Tensor, z2: Tensor) -> Tensor:
 
 def _same_shape(z1: Tensor, z2: Tensor, least: int) -> None:
     if z1.shape != z2.shape or z1.ndim != 2 or len(z1) < least:
-        raise BadData(f"views of shapes {tuple(z1.shape)} and {tuple(z2.shape)}: give two of one shape [N, D], N at least {least}")
+        raise BadData(f"views of shapes {tuple(z1.shape)} and {tuple(z2.shape)}: give one shape [N, D], N at least {least}")
 
 
 def _at_least_float32(z: Tensor) -> Tensor:

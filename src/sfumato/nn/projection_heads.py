@@ -21,6 +21,7 @@ torch.Size([8, 128])
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ class ProjectionHead(nn.Sequential):
         if layers < 1:
             raise BadSetting(f"layers={layers}: a projection head has at least 1; for none use torch.nn.Identity")
         widths = [dim, *[hidden] * (layers - 1), out]
-        pairs = [m for i, o in zip(widths, widths[1:], strict=False) for m in (nn.Linear(i, o), nn.ReLU())]
+        pairs = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
         super().__init__(*pairs[:-1])
 
 

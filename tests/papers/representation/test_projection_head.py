@@ -1,14 +1,15 @@
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from sfumato.claim import Verdict, judge
 from sfumato.data import digits
 from sfumato.engine.lab import Lab
-from sfumato.nn import ProjectionHead, ReweightingHead
+from sfumato.losses import supervised_contrastive
+from sfumato.nn import ReweightingHead
 from sfumato.papers.representation import projection_head as page
 
 V = np.load(Path(__file__).parents[2] / "vectors" / "projection-head.npz")
@@ -65,7 +66,7 @@ def test_layers_stay_balanced_up_to_the_rate():
 
 
 def test_a_narrow_network_keeps_the_heaviest_features():
-    first, second = page.descend(PHI, S, width=3, steps=4000, generator=torch.Generator().manual_seed(0))
+    first, second = page.descend(PHI, S, width=3, steps=4000, std=0.1, generator=torch.Generator().manual_seed(0))
     after = page.feature_weights(second @ first, PHI.diag())
     theory = page.linear_theory(PHI, S).after
     heaviest = theory >= theory.topk(3).values[-1]
@@ -80,26 +81,21 @@ def test_feature_weights_are_lengths_of_answers():
 
 def test_linear_claim():
     figures = page.linear(Lab(0))
-    assert judge(page.linear, [figures]).verdict is Verdict.REPRODUCED or all(
-        c.fn(figures) for c in page.linear.conditions
-    )
+    assert judge(page.linear, [figures]).verdict is Verdict.REPRODUCED
     unfinished = page.linear(Lab(0, budget=0.02))
     assert judge(page.linear, [unfinished]).verdict is Verdict.NOT_REPRODUCED
 
 
-def test_training_lowers_the_loss_and_saves(tmp_path):
+def test_training_lowers_the_loss():
     train, test = digits(train=1000)
+    head = partial(ReweightingHead, page.DIM)
     torch.manual_seed(0)
-    net = page.contrastive_network(ReweightingHead(page.DIM), train, 1, torch.Generator().manual_seed(0))
+    net = page.contrastive_network(head, train, 1, torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    trained = page.contrastive_network(ReweightingHead(page.DIM), train, 30, torch.Generator().manual_seed(0))
+    trained = page.contrastive_network(head, train, 30, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        before, after = (page.supervised_contrastive(n(test.x), test.label) for n in (net, trained))
+        before, after = (supervised_contrastive(n(test.x), test.label) for n in (net, trained))
     assert after < before - 0.3
-    torch.save(trained.state_dict(), tmp_path / "net.pt")
-    net.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
-    with torch.no_grad():
-        assert torch.equal(net(test.x[:5]), trained(test.x[:5]))
 
 
 def test_spectrum_is_shares_of_variance():

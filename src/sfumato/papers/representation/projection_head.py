@@ -19,6 +19,8 @@ scale, below the head. The losses are `sfumato.losses.supervised_contrastive` an
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -80,15 +82,18 @@ def population_loss(first: Tensor, second: Tensor, strength: Tensor, noise: Tens
 
 
 def descend(
-    strength: Tensor, noise: Tensor, *, width: int | None = None, steps: int = 6000, lr: float = 0.03, std: float = 0.05,
+    strength: Tensor, noise: Tensor, *, width: int | None = None, steps: int = 20_000, lr: float = 0.03, std: float = 0.02,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradient descent on `population_loss` from small random weights; the gradient is written out, as the matrices are tiny.
 
+    A feature waits for about 1 / (8 φ² a²) / lr steps, a: length of the weights along its direction at the start. A square layer
+    of random weights has a direction that is nearly empty, twice the width has none.
+
     Args:
         strength: φ, `[p]`.
         noise: s, `[p]`.
-        width: of both layers; below p only so many features survive. None: p.
+        width: of both layers; below p only so many features survive. None: 2p.
         steps: of descent.
         lr: step size.
         std: deviation of the first weights.
@@ -98,7 +103,7 @@ def descend(
         W₁ `[width, p]` and W₂ `[width, width]`.
     """
     p = len(strength)
-    width = width or p
+    width = width or 2 * p
     first, second = (std * torch.randn(width, n, dtype=strength.dtype, generator=generator) for n in (p, width))
     own, total = strength.square(), strength.square() + noise.square()
     for _ in range(steps):
@@ -115,19 +120,19 @@ DROWNED = 2
 
 
 @claim(
-    "Descent from small weights weights features below the head by the geometric mean of their strength and their weight above it",
+    "After descent from small weights a feature counts, below the head, the geometric mean of its strength and its weight above",
     Holds("the network ends where theory says (Gram matrix within 1e-3)", lambda f: f["descent"]["error of the gram"] < 1e-3),
     Holds("weights below the head as theory says, within 0.02", lambda f: f["descent"]["error before the head"] < 0.02),
     Holds("halfway in log scale between input and after, within 0.02", lambda f: f["descent"]["off halfway"] < 0.02),
     Holds("the drowned feature keeps more of its share below", lambda f: f["before"]["drowned"] > f["after"]["drowned"] + 0.02),
     seeds=range(100, 105),
     note="Six features, two linear layers, the expected spectral contrastive loss: this is arithmetic, and seeds only change the "
-    "first weights. The drowned feature has augmentation noise as strong as itself; shares are relative to the first feature.",
+    "first weights. Layers are twice as wide as there are features: in square ones a feature may wait for very long.",
 )
 def linear(lab: Lab) -> Figures:
     """Weights of six features at the input, below the head and above it, after descent."""
     strength, noise = (torch.tensor(v, dtype=torch.float64) for v in (STRENGTH, NOISE))
-    first, second = descend(strength, noise, steps=lab.steps(6000), generator=lab.generator)
+    first, second = descend(strength, noise, steps=lab.steps(20_000), generator=lab.generator)
     theory, features = linear_theory(strength, noise), strength.diag()
     end_to_end = second @ first
     before, after = (feature_weights(w, features) for w in (first, end_to_end))
@@ -150,20 +155,18 @@ KAPPA, HIDDEN, DIM = 1.1, 256, 64
 STEPS, BATCH, SIGMA = 500, 128, 0.1
 
 
-def contrastive_network(head: nn.Module, train: Batch, steps: int, generator: torch.Generator) -> nn.Module:
+def contrastive_network(head: Callable[[], nn.Module], train: Batch, steps: int, generator: torch.Generator) -> nn.Module:
     """An encoder 64-256-256-64 and a head, trained to tell apart what `train.label` does: supervised contrastive loss.
 
     Args:
-        head: `[B, 64]` to what the loss sees; trained in place.
+        head: makes the module from `[B, 64]` to what the loss sees; called once, after the encoder is drawn.
         train: digits with the labels that training may see.
         steps: SGD steps at rate 0.03 with momentum 0.9, batches of 128, each sample with new noise of deviation 0.1.
         generator: of batches and noise. The first weights are torch's global ones.
     """
     assert train.label is not None
     encoder = nn.Sequential(nn.Flatten(), *ProjectionHead(DIM, HIDDEN, DIM, layers=3))
-    network = nn.Sequential()
-    network.add_module("encoder", encoder)
-    network.add_module("head", head)
+    network = nn.Sequential(OrderedDict(encoder=encoder, head=head()))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.03, momentum=0.9)
     for _ in range(steps):
         rows = torch.randperm(len(train), generator=generator)[:BATCH]
@@ -191,28 +194,32 @@ def spectrum(features: Tensor, count: int = 20) -> Tensor:
 )
 def coarse_to_fine(lab: Lab) -> Figures:
     """Fine and coarse accuracy of linear probes before and after a learned head, a fixed head and no head."""
-    fine_train, fine_test = digits(train=1000, seed=lab.seed)
-    assert fine_train.label is not None
-    assert fine_test.label is not None
-    coarse_train, coarse_test = (
-        Batch(b.x, b.index, (b.label >= 5).long()) for b in (fine_train, fine_test) if b.label is not None
-    )
-    heads = {"MLP head": lambda: ProjectionHead(DIM, DIM, DIM), "reweighting head": lambda: ReweightingHead(DIM, kappa=KAPPA)}
+    fine = digits(train=1000, seed=lab.seed)
+    coarse = tuple(_coarse(batch) for batch in fine)
+    heads: dict[str, Callable[[], nn.Module]] = {
+        "MLP head": lambda: ProjectionHead(DIM, DIM, DIM),
+        "reweighting head": lambda: ReweightingHead(DIM, kappa=KAPPA),
+        "no head": nn.Identity,
+    }
     figures: Figures = {}
-    for name, make in {**heads, "no head": nn.Identity}.items():
+    for name, head in heads.items():
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(lab.seed)
-            network = contrastive_network(make(), coarse_train, lab.steps(STEPS), lab.generator)
-        layers = {"encoder": "before", "head": "after"} if name != "no head" else {"encoder": ""}
-        features = extract_features(network, fine_test, layers=list(layers))
-        for layer, place in layers.items():
+            torch.manual_seed(lab.seed)  # the encoder is drawn first: the same one for every arm
+            network = contrastive_network(head, coarse[0], lab.steps(STEPS), lab.generator)
+        layers = {"encoder": name} if name == "no head" else {"encoder": f"{name}, before", "head": f"{name}, after"}
+        features = extract_features(network, fine[1], layers=list(layers))
+        for layer, arm in layers.items():
             scaler = None if isinstance(network.get_submodule(layer), ReweightingHead) else "standard"
-            fine, coarse = (
-                layer_probe(network, [layer], train, test=test, scaler=scaler)[layer]
-                for train, test in ((fine_train, fine_test), (coarse_train, coarse_test))
-            )
-            arm = f"{name}, {place}" if place else name
-            figures[arm] = {"fine accuracy": fine, "coarse accuracy": coarse}
+            figures[arm] = {
+                f"{kind} accuracy": layer_probe(network, [layer], train, test=test, scaler=scaler)[layer]
+                for kind, (train, test) in {"fine": fine, "coarse": coarse}.items()
+            }
             shares = spectrum(features[layer]).clamp_min(1e-12).log10()
             lab.curve(arm, range(1, len(shares) + 1), shares.tolist(), xlabel="component", ylabel="log10 share of variance")
     return figures
+
+
+def _coarse(batch: Batch) -> Batch:
+    """The same digits, labelled by whether they are 5 or more."""
+    assert batch.label is not None
+    return Batch(batch.x, batch.index, (batch.label >= 5).long())
