@@ -5,6 +5,9 @@ from .comp_sum_family import comp_sum as comp_sum
 from .comp_sum_family import comp_sum_bound as comp_sum_bound
 from .comp_sum_family import comp_sum_bound_inverse as comp_sum_bound_inverse
 from .comp_sum_family import margins as margins
+from .contrastive import info_nce as info_nce
+from .contrastive import spectral_contrastive as spectral_contrastive
+from .contrastive import supervised_contrastive as supervised_contrastive
 from .gram import gaussian_gram as gaussian_gram
 from .gram import median_bandwidth as median_bandwidth
 from .gram import squared_distances as squared_distances
