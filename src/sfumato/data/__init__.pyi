@@ -14,6 +14,8 @@ from .images import read_header as read_header
 from .images import read_image as read_image
 from .images import unit_float as unit_float
 from .images import write_image as write_image
+from .linear_regression import LinearTeacher as LinearTeacher
+from .linear_regression import linear_teacher as linear_teacher
 from .samples import digits as digits
 from .samples import faces as faces
 from .samples import moving_crops as moving_crops

@@ -49,6 +49,17 @@ from .krylov import lanczos as lanczos
 from .krylov import smoothed_spectrum as smoothed_spectrum
 from .krylov import spectral_density as spectral_density
 from .krylov import svds as svds
+from .linear_dynamics import FeatureSpectrum as FeatureSpectrum
+from .linear_dynamics import FrozenSubspace as FrozenSubspace
+from .linear_dynamics import exact_gradient_flow as exact_gradient_flow
+from .linear_dynamics import feature_spectrum as feature_spectrum
+from .linear_dynamics import final_error as final_error
+from .linear_dynamics import frozen_subspace as frozen_subspace
+from .linear_dynamics import generalization_error as generalization_error
+from .linear_dynamics import mode_optimal_time as mode_optimal_time
+from .linear_dynamics import optimal_time as optimal_time
+from .linear_dynamics import ridge_error as ridge_error
+from .linear_dynamics import training_error as training_error
 from .linear_operator import LinearOperator as LinearOperator
 from .numerics import nlm_alignment as nlm_alignment
 from .numerics import softmax_collapse as softmax_collapse
