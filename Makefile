@@ -27,8 +27,8 @@ docs: .venv/ready-docs  ## the documentation in site/, which can be opened from 
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
-bench: .venv/ready  ## measure the engine and the parts on this machine
-	$(PY) -m benchmarks.engine_overhead
+bench: .venv/ready-bench  ## race our parts against other libraries on this machine: about ten minutes
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks --all
 
 install: .venv/ready  ## the virtual environment with sfumato in it
 
@@ -45,6 +45,10 @@ install: .venv/ready  ## the virtual environment with sfumato in it
 
 .venv/ready-docs: .venv/ready
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+.venv/ready-bench: .venv/ready
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	@touch $@
 
 clean:  ## remove the environment and what was built

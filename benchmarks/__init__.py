@@ -1,1 +1,4 @@
-"""Measurements: side by side, in one process, interleaved; medians and ratios, never assertions."""
+"""Races: our parts against the libraries people would use instead, in one process, interleaved; ratios, never assertions.
+
+python -m benchmarks NAME... | --all | --list
+"""

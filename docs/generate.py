@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import html
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 SOURCE = Path(catalogue.__file__).parent.parent
+RACES = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
 PARTS = {
     "masks": "What is hidden, and what fills the holes.",
@@ -38,10 +40,12 @@ PARTS = {
 }
 AROUND = {
     "engine": "Training, run folders, checkpoints and the laboratory of the claims.",
+    "instruments": "Probes of any model on any data, ready to run.",
     "report": "Self-contained pages, plots and pictures.",
 }
 ROOMS = PARTS | AROUND
 MOODS = {"reproduced": "good", "not reproduced": "bad", "inconclusive": "open"}
+RACE_MOODS = {"faster": "good", "within the limit": "good", "slower": "bad", "above the limit": "bad", "even": "open"}
 
 
 def pages() -> dict[str, str]:
@@ -51,6 +55,7 @@ def pages() -> dict[str, str]:
     return {
         "papers/index.md": table_page(rows),
         **{f"papers/{row.slug}.md": paper_page(row, catalogue.record(row.slug)) for row in rows if row.built},
+        "races.md": races_page(races()),
         "reference/index.md": reference_index(rooms),
         **{f"reference/{room}.md": reference_page(room) for room in rooms},
         "assets/colours.css": colours(),
@@ -185,6 +190,86 @@ def family_table(family: str, rows: Iterable[Row]) -> str:
         for row in rows
     ]
     return f"## {family}\n\n{FAMILIES[family].capitalize()}.\n\n" + table(["slug", "what", "year", "kind", "verdict"], lines)
+
+
+# ---- races
+
+
+def races() -> list[dict[str, Any]]:
+    """The stored results of `python -m benchmarks`."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RACES.glob("*.json"))]
+
+
+def races_page(results: Sequence[Mapping[str, Any]]) -> str:
+    """All races: what was won and lost, and why."""
+    head = (
+        "# Races\n\nOurs against the libraries people would use instead: the same inputs in one process, results compared before "
+        "the clock starts, then rounds in which every lane runs once. The ratio is our time over theirs, median [quartiles] over "
+        "the rounds: below 1 we are faster. Memory is the most that torch held at once, from building a lane to the end of its "
+        "second run. `make bench` runs them again."
+    )
+    return "\n\n".join([head, *map(race_section, results), *machines(results)]) + "\n"
+
+
+def race_section(race: Mapping[str, Any]) -> str:
+    """One race: how it came out, why, and a row for every lane of a peer."""
+    rows = [
+        [
+            plain(heat["name"]) if i == 0 else "",
+            plain(name),
+            milliseconds(heat["lanes"][ours]["ms"]),
+            milliseconds(lane["ms"]),
+            f'{lane["ratio"]:.3g} <span class="unbroken">[{lane["low"]:.3g}, {lane["high"]:.3g}]</span>',
+            memory(heat["lanes"][ours], lane),
+            race_badge(lane["outcome"]),
+        ]
+        for heat in race["heats"]
+        for ours, *peers in [list(heat["lanes"])]
+        for i, (name, lane) in enumerate((peer, heat["lanes"][peer]) for peer in peers)
+    ]
+    parts = [f"## {plain(race['title'])}", f"{score(race)} {plain(race['why'])}"]
+    parts += [table(["what", "against", "ours", "theirs", "ratio", "memory, ours / theirs", "ours is"], rows)]
+    parts += [f"Not raced: {plain(line)}." for line in race["skipped"].values()]
+    return "\n\n".join(parts)
+
+
+def score(race: Mapping[str, Any]) -> str:
+    """How often each outcome came: `Faster 3 times, even once.`"""
+    outcomes = [lane["outcome"] for heat in race["heats"] for lane in heat["lanes"].values() if "outcome" in lane]
+    counts = {word: outcomes.count(word) for word in RACE_MOODS if word in outcomes}
+    told = ", ".join(f"{word} {'once' if n == 1 else f'{n} times'}" for word, n in counts.items())
+    return f"{told.capitalize()}."
+
+
+def milliseconds(value: float) -> str:
+    """A time to three digits."""
+    return f'<span class="unbroken">{value:.3g} ms</span>' if value < 1000 else f'<span class="unbroken">{value:.0f} ms</span>'
+
+
+def memory(ours: Mapping[str, float], theirs: Mapping[str, float]) -> str:
+    """Two peaks in MB, where they were measured."""
+    return "–" if "peak_mb" not in theirs else f"{ours['peak_mb']:.3g} / {theirs['peak_mb']:.3g} MB"
+
+
+def race_badge(outcome: str) -> str:
+    """An outcome in its colour."""
+    return f'<span class="verdict {RACE_MOODS[outcome]}">{outcome}</span>'
+
+
+def machines(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Where the races were run, and with what."""
+    if not results:
+        yield "No results are stored."
+        return
+    yield "## Machine"
+    groups: dict[str, list[str]] = {}
+    for race in results:
+        m = race["machine"]
+        versions = ", ".join(f"{name} {version}" for name, version in {"Python": m["python"], **m["versions"]}.items())
+        told = f"{m['cpu']}, {m['cores']} cores, {m['threads']} thread(s); {versions}; {race['clock']} time, {race['date']}"
+        groups.setdefault(told, []).append(race["race"])
+    for told, names in groups.items():
+        yield plain(told if len(groups) == 1 else f"{', '.join(names)}: {told}") + "."
 
 
 # ---- parts

@@ -5,6 +5,7 @@ from . import data as data
 from . import diffusion as diffusion
 from . import engine as engine
 from . import errors as errors
+from . import instruments as instruments
 from . import losses as losses
 from . import masks as masks
 from . import method as method
@@ -15,7 +16,9 @@ from . import physics as physics
 from . import probes as probes
 from . import report as report
 from . import sparsity as sparsity
+from .engine import compare as compare
 from .engine import fit as fit
 from .engine import load as load
+from .instruments import probe as probe
 
 __version__: str

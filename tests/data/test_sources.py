@@ -359,3 +359,21 @@ def test_a_set_passes_through():
     batch = images.tensors()
     assert isinstance(batch, Batch)
     assert torch.equal(open_data(batch).tensors().x, batch.x)
+
+
+def test_a_selection_is_a_set_of_its_own(tmp_path):
+    whole = open_data("sample:digits")
+    some = whole.select([5, 3])
+    assert some.facts.count == 2
+    assert some.facts.classes == whole.facts.classes
+    assert torch.equal(some.tensors().x, whole.gather(torch.tensor([5, 3])).x)
+    assert some.tensors().label.tolist() == [whole[5].label, whole[3].label]
+    photos = open_data("sample:photos").select([2])
+    assert torch.equal(photos[0].x, open_data("sample:photos")[2].x)
+    for i in range(3):
+        Image.new("L", (5, 4 + i), 100 * i).save(tmp_path / f"{i}.png")
+    on_disk = open_data(tmp_path, cache_mb=0).select([2, 0])
+    assert [s.x.shape[-2] for s in (on_disk[0], on_disk[1])] == [6, 4]
+    assert on_disk.names == ["2.png", "0.png"]
+    with pytest.raises(BadData, match="at least one"):
+        whole.select([])

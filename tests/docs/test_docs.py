@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ import typer
 
 from sfumato import catalogue
 from sfumato.catalogue import Setting
+from sfumato.engine.loading import parse_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
@@ -109,6 +111,33 @@ def test_first_sentence_is_one_line(generate):
             assert "\n" not in generate.first_sentence(module, name)
 
 
+def test_races_are_shown_with_what_was_won_and_lost(generate, monkeypatch, tmp_path):
+    quartiles = {"ratio": 0.5, "low": 0.4, "high": 0.6, "outcome": "faster", "difference": 0.0, "peak_mb": 20.0}
+    lost = {"ratio": 1.5, "low": 1.4, "high": 1.6, "outcome": "slower", "difference": None}
+    lanes = {"sfumato": {"ms": 1.0, "peak_mb": 10.0}, "a_peer": {"ms": 2.0, **quartiles}, "b": {"ms": 2000.0, **lost}}
+    heat = {"name": "a step | small", "limit": None, "tolerance": 1e-5, "lanes": lanes}
+    machine = {"cpu": "Toaster", "cores": 2, "threads": 1, "load": 0, "python": "3.11", "versions": {"torch": "2.9"}}
+    race = {"race": "x", "title": "A step", "why": "It is less work.", "date": "2025-01-31", "heats": [heat]}
+    (tmp_path / "x.json").write_text(
+        json.dumps({**race, "clock": "wall", "machine": machine, "skipped": {"c": "c: no module; pip install c"}})
+    )
+    monkeypatch.setattr(generate, "RACES", tmp_path)
+    page = generate.pages()["races.md"]
+    assert "Faster once, slower once. It is less work." in page
+    row = '| a step &#124; small | a&#95;peer | <span class="unbroken">1 ms</span> | <span class="unbroken">2 ms</span> '
+    row += '| 0.5 <span class="unbroken">[0.4, 0.6]</span> | 10 / 20 MB | <span class="verdict good">faster</span> |'
+    assert row in page
+    assert '| – | <span class="verdict bad">slower</span> |' in page
+    assert "Not raced: c: no module; pip install c." in page
+    assert "Toaster, 2 cores, 1 thread(s); Python 3.11, torch 2.9; wall time, 2025-01-31." in page
+
+
+def test_every_stored_race_is_on_the_page(generate):
+    page = generate.races_page(generate.races())
+    assert all(f"## {generate.plain(race['title'])}" in page for race in generate.races())
+    assert "No results are stored." in generate.races_page([])
+
+
 def test_generator_needs_no_torch():
     code = f"import sys, runpy; runpy.run_path({str(ROOT / 'docs/generate.py')!r})['pages'](); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -143,6 +172,10 @@ def test_commands_in_the_docs_are_commands(where, line):
         for slug in [context.params.get("slug") or context.params.get("slugs") or []]:
             for name in [slug] if isinstance(slug, str) else slug:
                 assert name == "SLUG" or catalogue.find(name)
+    if context.command.name == "compare":
+        from sfumato.engine.comparison import resolve
+
+        assert resolve(context.params["arms"], parse_settings(context.params["set_"] or []))
 
 
 def test_the_verdicts_in_the_readme_are_those_of_the_records():
@@ -168,6 +201,9 @@ def test_python_in_the_docs_runs(page, tmp_path, monkeypatch):
         assert space["nearest"].tolist() == ["a", "c", "b"]
         assert isinstance(space["vit"], VisionTransformer)
         assert float(space["loss"]) < float(space["y"].square().mean())
+        assert space["sharpest"] > 0
+        assert Path("curvature.html").is_file()
+        assert [row["arm"] for row in space["done"].table] == ["optimizer=adam", "optimizer=sgd"]
     else:
         assert space["hidden"].sum(1).tolist() == [147] * 8
 

@@ -11,10 +11,10 @@ import kinds
 import pytest
 import torch
 
-from sfumato.engine import Run, fit
-from sfumato.engine.loop import as_data
+from sfumato.engine import Options, Run, Trainer, fit
+from sfumato.engine.loop import as_data, epoch
 from sfumato.errors import BadData, BadSetting, Diverged
-from sfumato.method import Loss
+from sfumato.method import Batch, Loss
 
 
 @pytest.fixture(autouse=True)
@@ -152,10 +152,67 @@ def test_a_batch_that_cannot_be_cut_is_refused():
         fit(kinds.Masked(), kinds.data(), accumulate=3, device="cpu", progress=False)
 
 
-def test_a_persons_own_loader(tmp_path):
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(kinds.data()), batch_size=8)
-    method = fit(kinds.Masked(), loader, steps=12, device="cpu", progress=False)
+def loader(*tensors, **settings):
+    data = tensors[0] if len(tensors) == 1 else torch.utils.data.TensorDataset(*tensors)
+    return torch.utils.data.DataLoader(data, batch_size=8, **settings)
+
+
+class Seeing(kinds.Masked):
+    """Keeps the batches that its loss was given."""
+
+    def loss(self, batch, ctx):
+        self.__dict__.setdefault("seen", []).append(batch)
+        return super().loss(batch, ctx)
+
+
+@pytest.mark.parametrize(
+    ("field", "given"), [("label", torch.arange(36)), ("target", kinds.data(36).flip(0))], ids=["labels", "targets"]
+)
+def test_a_persons_own_loader(field, given):
+    """One whose last batch is smaller, and which ends before the training does."""
+    x = kinds.data(36)
+    method = fit(Seeing(), loader(x, given), steps=7, device="cpu", progress=False)
     assert not method.training
+    for name, value in {"x": x, "index": torch.arange(52), field: given}.items():
+        whole = value if name == "index" else torch.cat((value, value[:16]))
+        assert torch.equal(torch.cat([getattr(b, name) for b in method.seen]), whole)
+    assert all(getattr(b, {"label": "target", "target": "label"}[field]) is None for b in method.seen)
+
+
+def test_a_loader_of_tuples_of_one_and_of_batches_is_the_same():
+    x = kinds.data()
+    data = [loader(x), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), 8)]
+    data.append([Batch(part, torch.arange(len(part))) for part in x.split(8)].__iter__())
+    weights = [fit(kinds.Masked(), d, steps=5, device="cpu", progress=False).net[0].weight for d in data]
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+def test_held_out_data_may_be_a_loader(tmp_path):
+    class Counting(kinds.Masked):
+        def evaluate(self, batches):
+            return {"count": sum(len(b) for b in batches)}
+
+    run = new_run(tmp_path, "held-out")
+    fit(Counting(), loader(kinds.data()), steps=1, held_out=loader(kinds.data(36)), run=run, device="cpu", progress=False)
+    assert json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])["eval"] == {"count": 36}
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (loader([{"image": x} for x in kinds.data()]), "gives dict: let it give images"),
+        (loader([(x, "a name") for x in kinds.data()]), "gives Tensor, .*: let it give images"),
+        (loader(255 * kinds.data()), "divide by 255"),
+        (loader(kinds.data() - 0.5), r"bring them to \[0, 1\]"),
+        (iter(kinds.data().split(8)), "cannot be read twice"),
+        (iter([]), "the loader is empty"),
+    ],
+    ids=["dicts", "names", "255", "standardised", "iterator", "empty"],
+)
+def test_a_loader_that_gives_something_else_is_refused_in_one_line(data, told):
+    with pytest.raises(BadData, match=told):
+        fit(kinds.Masked(), data, steps=7, device="cpu", progress=False)
 
 
 def test_bf16_trains():
@@ -178,3 +235,20 @@ def test_a_method_sees_its_data_once_before_it_trains(tmp_path):
     assert Surveying.seen == count
     with pytest.raises(BadData, match="can be indexed"):
         fit(Surveying(), iter([]), steps=3, device="cpu", progress=False)
+
+
+def test_an_epoch_of_unlike_sizes_cuts_its_batches():
+    """Held-out photographs of any size are seen once each, in order."""
+    sizes = [(4, 4), (4, 4), (4, 4), (5, 4), (5, 4), (4, 4)]
+    data = as_data([torch.rand(1, *size) for size in sizes])
+    batches = list(epoch(data, 2))
+    assert [tuple(b.x.shape) for b in batches] == [(2, 1, 4, 4), (1, 1, 4, 4), (2, 1, 5, 4), (1, 1, 4, 4)]
+    assert torch.cat([b.index for b in batches]).tolist() == list(range(6))
+
+
+def test_timing_leaves_the_trainer_as_it_was():
+    straight = fit(kinds.Scheduled(), kinds.data(), steps=6, device="cpu", progress=False)
+    trainer = Trainer(kinds.Scheduled(), kinds.data(), Options(device="cpu"), steps=6)
+    assert trainer.seconds_a_step(at_least=0) > 0
+    timed = trainer.train(show=False)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), timed.parameters()))

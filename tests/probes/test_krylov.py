@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sfumato.errors import BadData, BadSetting
-from sfumato.probes import eigs, hutchinson, lanczos, spectral_density, svds
+from sfumato.probes import eigs, hutchinson, lanczos, smoothed_spectrum, spectral_density, svds
 
 VECTORS = np.load(Path(__file__).parents[1] / "vectors" / "curvature-base.npz")
 
@@ -60,6 +60,20 @@ def test_gauss_quadrature_is_exact_up_to_degree_2m_minus_1():
         power = a @ power
     wrong = density.expect(lambda t: t**10).item() - (power @ start[0] / 40**0.5).item()
     assert abs(wrong) > 1e-9
+
+
+def test_each_start_has_its_own_smoothed_spectrum():
+    a = with_spectrum(torch.linspace(-1, 3, 40))
+    density = spectral_density(a, steps=12, starts=3, sigma2=1e-3, generator=torch.Generator().manual_seed(0))
+    reach = density.nodes.max() - density.nodes.min()
+    t = torch.linspace(-3, 5, 4000, dtype=torch.float64)
+    each = smoothed_spectrum(density.nodes, density.weights, t, 1e-3 * reach)
+    assert each.shape == (3, 4000)
+    torch.testing.assert_close(torch.trapezoid(each, t), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(torch.trapezoid(each * t, t), (density.nodes * density.weights).sum(1))
+    start = torch.ones(40, dtype=torch.float64)
+    nodes, weights = lanczos(a, 5, start=start).quadrature()
+    assert (weights @ nodes**3).item() == pytest.approx((start @ a @ a @ a @ start / 40).item())
 
 
 def test_an_invariant_subspace_ends_lanczos():

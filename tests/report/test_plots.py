@@ -137,6 +137,14 @@ def test_negative_eigenvalues_on_a_logarithmic_axis():
     assert drawn(spectrum([-1.0, 0.0, 1.0, 100.0] * 10, logx=True)).axes[0].get_xscale() == "symlog"
 
 
+def test_a_spectrum_of_several_starts_has_a_band():
+    t, phi = np.linspace(0, 1, 30), 1 + np.random.default_rng(0).random((4, 30))
+    ax = drawn(spectrum((t, phi), logy=False)).axes[0]
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), phi.mean(0))
+    assert len(ax.collections) == 2
+    assert len(drawn(spectrum((t, phi.mean(0)), logy=False)).axes[0].collections) == 1
+
+
 def test_an_empty_spectrum_is_refused():
     with pytest.raises(BadData, match="eigenvalue"):
         spectrum([float("nan")]).svg()

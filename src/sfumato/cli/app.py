@@ -219,6 +219,46 @@ def export(
 
 
 @app.command(
+    rich_help_panel=RUNNING,
+    epilog=examples(
+        "sfumato compare mae colormae simmim --data sample:photos --minutes 1  # equal time, five seeds",
+        "sfumato compare classifier:optimizer=adam classifier:optimizer=adahessian --data sample:digits --steps 300",
+        "sfumato compare slow=cbsn:lr=1e-3 fast=cbsn:lr=4e-3 --data pairs:NOISY:CLEAN --steps 500  # names of your own",
+        "sfumato compare mae simmim --data folder_per_class --set dim=96 --set simmim:mask_unit=16 --dry-run",
+    ),
+)
+def compare(
+    arms: Annotated[
+        list[str], typer.Argument(help="Two or more: SLUG, SLUG:name=value,name=value or LABEL=SLUG:...", metavar="ARM...")
+    ],
+    data: Annotated[str, typer.Option("--data", "-d", help="As for train; a tenth is held out where it has no test part.")],
+    steps: Annotated[int | None, typer.Option("--steps", help="The same steps for every arm.")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", "-m", help="The same time for every arm (default: 1).")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many; fewer than 5 give no verdict.")] = 5,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE for every arm that has it, SLUG:NAME=VALUE for one.")
+    ] = None,
+    preset: Annotated[str, typer.Option("--preset", help="paper, small, or auto: small on a CPU.")] = "auto",
+    device: Device = "auto",
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="Trainings beside each other (default: 2 on a CPU, else 1).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell time and memory; write nothing.")] = False,
+    json: AsJson = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where trainings and the page go (default: compared/ARMS).")
+    ] = None,
+) -> None:
+    """Compare methods on the same data, budget and seeds: one page with intervals."""
+    from sfumato.cli import compare as work
+
+    work.compare(
+        arms, data, steps=steps, minutes=minutes, seeds=seeds, settings=set_ or [], preset=preset, device=device,
+        processes=processes, dry_run=dry_run, as_json=json, out=out,
+    )  # fmt: skip
+
+
+@app.command(
     rich_help_panel=CATALOGUE,
     epilog=examples(
         "sfumato reproduce colormae  # its claim, over its five verdict seeds",
@@ -256,6 +296,54 @@ def demo(
     from sfumato.cli import demo as work
 
     work.demo(photo, out, pace, seed)
+
+
+@app.command(
+    rich_help_panel=RUNNING,
+    epilog=examples(
+        "sfumato probe  # the kinds; with a kind: its settings",
+        "sfumato probe curvature timm:resnet18 --data labelled/ --weights trained.safetensors --minutes 5",
+        "sfumato probe curvature mymodels:make_net --data arrays:file.npz --loss mymodels:my_loss --set operator=hessian",
+        "sfumato probe connectivity runs/classifier/A runs/classifier/B --data labelled/",
+        "sfumato probe curvature runs/mae/STAMP --data my_photos/ --json",
+    ),
+)
+def probe(
+    kind: Annotated[str | None, typer.Argument(help="What to measure; without it the kinds are listed.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="timm:NAME, module:factory, or a run folder; without it the settings are told.")
+    ] = None,
+    model_b: Annotated[str | None, typer.Argument(help="The second model, where two are compared.")] = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="Where the data is, as for train.")] = None,
+    minutes: Annotated[float, typer.Option("--minutes", "-m", help="Time to stay within, about.")] = 2.0,
+    weights: Annotated[
+        list[Path] | None, typer.Option("--weights", "-w", help="A .safetensors or .pth file; once for each model.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option("--loss", help="cross_entropy, mse or module:function (default: by the data).")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it would cost; measure nothing.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of samples, random weights and random starts.")] = 0,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where pages and numbers go.")] = Path("probed"),
+    json: AsJson = False,
+) -> None:
+    """Measure any torch or timm model, or a run."""
+    from sfumato.cli import probe as work
+
+    if kind is None:
+        return work.listing(json)
+    if model is None:
+        return work.explain(kind, json)
+    if data is None:
+        from sfumato.errors import BadSetting
+
+        raise BadSetting(f"say on what: sfumato probe {kind} {model} --data WHERE")
+    work.probe(
+        kind, model, model_b, data, minutes=minutes, settings=set_ or [], dry_run=dry_run, out=out, as_json=json,
+        weights=weights or [], loss=loss, seed=seed, device=device,
+    )  # fmt: skip
 
 
 runs_app = typer.Typer(no_args_is_help=False, invoke_without_command=True, help="List, show or remove runs.")

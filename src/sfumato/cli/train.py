@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import resource
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,8 @@ from sfumato.cli.console import hint, say, tell_data
 from sfumato.data import Facts, open_data
 from sfumato.engine import Options, Run, Trainer, build, initialise, load, rebuild
 from sfumato.engine.checkpoint import peek
+from sfumato.engine.loading import parse_settings
+from sfumato.engine.rehearsal import rehearse
 from sfumato.errors import BadCheckpoint, BadSetting
 from sfumato.method import Method, capabilities
 
@@ -62,7 +61,7 @@ def train(
         "version": version("sfumato"),
     }
     if dry_run:
-        rehearse(method, images, checked, minutes)
+        tell_cost(method, images, checked, minutes)
         return None
     say(resolved_line(config))
     with several_processes(options["device"]) as (main, share):
@@ -132,27 +131,16 @@ def work(run: Run, method: Method, images: Any, config: dict[str, Any], main: bo
     return run.path
 
 
-def rehearse(method: Method, images: Any, options: Options, minutes: float | None) -> None:
+def tell_cost(method: Method, images: Any, options: Options, minutes: float | None) -> None:
     """What a training would cost: parameters, batch shape, seconds a step, memory; nothing is written."""
     trainer = Trainer(method, images, options)
-    on_gpu = trainer.device.type == "cuda"
-    seconds = []
-    for micro in islice(trainer.batches(0), 4):
-        started = time.perf_counter()
-        trainer.step([b.to(trainer.device) for b in micro], check=True)
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    typical = sorted(seconds[1:])[1]
-    total = int(60 * minutes / typical) if minutes else method.config.steps
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    shape = "x".join(map(str, micro[0].x.shape))
+    cost = rehearse(trainer)
+    total = cost.steps_in(minutes) if minutes else method.config.steps
     say(
-        f"{type(method).__name__}: {trainable:,} parameters\n"
-        f"batch: {options.accumulate} x [{shape}] on {trainer.device}\n"
-        f"time: {typical:.3g} s a step, {total} steps, about {duration(typical * total)} in all\n"
-        f"memory: {peak / 2**30:.2f} GiB at the peak{'' if on_gpu else ' (whole process)'}"
+        f"{type(method).__name__}: {cost.trainable:,} parameters\n"
+        f"batch: {options.accumulate} x {cost.batch} on {trainer.device}\n"
+        f"time: {cost.step_seconds:.3g} s a step, {total} steps, about {duration(cost.step_seconds * total)} in all\n"
+        f"memory: {cost.memory / 2**30:.2f} GiB at the peak{'' if trainer.device.type == 'cuda' else ' (whole process)'}"
     )
 
 
@@ -162,30 +150,6 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} seconds"
-
-
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """`["lr=1e-3", "color=red"]` as a dict; values are read as YAML, so numbers, booleans, null and lists come out typed."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name:
-            raise BadSetting(f"--set {pair!r} is no NAME=VALUE, such as --set batch_size=32")
-        try:
-            value = yaml.safe_load(text)
-            found[name.strip()] = float(value) if isinstance(value, str) and _is_number(value) else value
-        except yaml.YAMLError:
-            found[name.strip()] = text
-    return found
-
-
-def _is_number(text: str) -> bool:
-    """YAML 1.1 reads 1e-3 as text."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def resolved_line(config: dict[str, Any]) -> str:

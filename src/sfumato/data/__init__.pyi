@@ -1,3 +1,7 @@
+from .algorithmic import match3 as match3
+from .algorithmic import match3_labels as match3_labels
+from .algorithmic import modular as modular
+from .algorithmic import sparse_parity as sparse_parity
 from .batch import Batch as Batch
 from .batch import Facts as Facts
 from .decoding import Header as Header
@@ -10,6 +14,8 @@ from .images import read_header as read_header
 from .images import read_image as read_image
 from .images import unit_float as unit_float
 from .images import write_image as write_image
+from .linear_regression import LinearTeacher as LinearTeacher
+from .linear_regression import linear_teacher as linear_teacher
 from .samples import digits as digits
 from .samples import faces as faces
 from .samples import moving_crops as moving_crops
@@ -21,4 +27,5 @@ from .shapes import discs as discs
 from .shapes import simple_shapes as simple_shapes
 from .sources import describe as describe
 from .sources import open_data as open_data
+from .symmetric_rule import symmetric_rule_12bit as symmetric_rule_12bit
 from .teachers import single_index as single_index

@@ -202,7 +202,7 @@ def as_images(value: Any, name: str) -> Tensor:
         x = x.unsqueeze(1)
     elif x.ndim > 3 and x.shape[-3] not in (1, 3) and x.shape[-1] in (1, 3):
         x = x.movedim(-1, -3).contiguous()
-    return _checked(x, name)
+    return checked(x, name)
 
 
 def as_labels(value: Any, count: int, name: str) -> Tensor:
@@ -228,11 +228,11 @@ def _images_or_list(value: Any, name: str) -> Any:
             raise BadData(f"{name} is a tensor {list(x.shape)}: images are [N, C, H, W], clips [N, T, C, H, W], vectors [N, D]")
         if x.ndim > 3 and x.shape[-3] > 4 and x.shape[-1] in (1, 3):
             raise BadData(f"{name} is {list(x.shape)}, channels last: give {name}.movedim(-1, -3)")
-        return _checked(x, name)
+        return checked(x, name)
     if isinstance(value, np.ndarray):
         return as_images(value, name)
     if isinstance(value, (list, tuple)) and len(value):
-        return [_checked(_image(v), f"{name}[{i}]") for i, v in enumerate(value)]
+        return [checked(_image(v), f"{name}[{i}]") for i, v in enumerate(value)]
     raise BadData(
         f"cannot make data of {'an empty' if value == [] else 'a'} {type(value).__name__}: give a tensor [N, C, H, W],"
         " a list of tensors [C, H, W], (x, y), a Batch or a torch Dataset"
@@ -251,8 +251,12 @@ def _image(value: Any) -> Tensor:
     return image.unsqueeze(0) if image.ndim == 2 else image
 
 
-def _checked(x: Tensor, name: str) -> Tensor:
-    """Images in a type and a range that methods may rely on; vectors only finite."""
+def checked(x: Tensor, name: str) -> Tensor:
+    """Images in a type and a range that methods may rely on; vectors only finite.
+
+    Raises:
+        BadData: they are not; the line starts with `name` and says what to do.
+    """
     if not x.numel():
         raise BadData(f"{name} is empty: give at least one image")
     _check_finite(x, name)

@@ -89,6 +89,39 @@ class InMemory:
         target = None if self.target is None else as_unit(self.target.index_select(0, index))
         return Batch(as_unit(self.x.index_select(0, index)), index, label, target)
 
+    def select(self, rows: Sequence[int]) -> InMemory:
+        """Some of the samples, in the given order."""
+        index = torch.tensor(rows)
+        x, labels, target = (
+            None if v is None else v[index] if isinstance(v, Tensor) else [v[i] for i in rows]
+            for v in (self.x, self.labels, self.target)
+        )
+        return InMemory(x, labels, target)  # type: ignore[arg-type]
+
+
+class Selected:
+    """Some samples of others, in the given order."""
+
+    def __init__(self, items: Items, rows: Sequence[int]) -> None:
+        self.items, self.rows = items, list(rows)
+        self.labelled, self.paired = items.labelled, items.paired
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, i: int) -> Sample:
+        """Sample `i` of the selection."""
+        return self.items.read(self.rows[i])
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of the samples, as far as they are known."""
+        known = self.items.sizes()
+        return [known[i] for i in self.rows] if len(known) == len(self.items) else list(known)
+
+    def channels(self) -> int:
+        """Channels of every sample."""
+        return self.items.channels()
+
 
 class ImageSet(Dataset[Sample]):
     """A map-style data set of images, labelled images, pairs or clips.
@@ -162,6 +195,17 @@ class ImageSet(Dataset[Sample]):
             BadData: the images have unlike sizes.
         """
         return self.gather(torch.arange(len(self)))
+
+    def select(self, rows: Sequence[int]) -> ImageSet:
+        """The samples at these positions, in their order, as a set of their own.
+
+        Raises:
+            BadData: no positions.
+        """
+        if not len(rows):
+            raise BadData("a set of images needs at least one: give positions to select")
+        items = self.items.select(rows) if isinstance(self.items, InMemory) else Selected(self.items, rows)
+        return ImageSet(items, classes=self.facts.classes, names=[self.names[i] for i in rows])
 
     def __str__(self) -> str:
         return summary(self)

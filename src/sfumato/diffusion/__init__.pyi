@@ -1,6 +1,12 @@
 from .blind_sampling import sample_blind as sample_blind
 from .predictions import as_denoiser as as_denoiser
 from .predictions import convert as convert
+from .residual import ResidualObjective as ResidualObjective
+from .residual import ResidualPrediction as ResidualPrediction
+from .residual import ResidualSchedule as ResidualSchedule
+from .residual import power_schedule as power_schedule
+from .residual import residual_loss as residual_loss
+from .residual import sample_residual as sample_residual
 from .samplers import SamplerStep as SamplerStep
 from .samplers import sample_ddim as sample_ddim
 from .samplers import sample_ddpm as sample_ddpm

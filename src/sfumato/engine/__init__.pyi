@@ -1,4 +1,6 @@
 from . import checkpoint as checkpoint
+from .comparison import Comparison as Comparison
+from .comparison import compare as compare
 from .loading import build as build
 from .loading import initialise as initialise
 from .loading import load as load

@@ -131,10 +131,17 @@ def reproduce(
         "slug": slug,
         "claims": findings,
         "budget": budget,
-        "commit": _commit(),
-        "versions": {p: version(p) for p in ("sfumato", "torch", "timm", "numpy")} | {"python": platform.python_version()},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "seconds": round(time.monotonic() - started, 1),
+        **provenance(),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """What code made a record, and when: commit, versions, date."""
+    return {
+        "commit": _commit(),
+        "versions": {p: version(p) for p in ("sfumato", "torch", "timm", "numpy")} | {"python": platform.python_version()},
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 

@@ -6,10 +6,11 @@ The preset is the paper's on an accelerator and `Config.small()` on a CPU, unles
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from pydantic import ValidationError
+import yaml
+from pydantic import BaseModel, ValidationError
 
 from sfumato.data.batch import Facts
 from sfumato.engine import checkpoint
@@ -17,7 +18,9 @@ from sfumato.engine.loop import load_weights
 from sfumato.engine.randomness import key
 from sfumato.engine.run_folder import Run
 from sfumato.errors import BadCheckpoint, BadData, BadSetting, nearest
-from sfumato.method import Method, MethodConfig
+from sfumato.method import Method
+
+C = TypeVar("C", bound=BaseModel)
 
 
 def build(
@@ -59,15 +62,15 @@ def preset_for(preset: str, device: str) -> str:
     return "small" if device == "cpu" or not torch.accelerator.is_available() else "paper"
 
 
-def configure(config: type[MethodConfig], preset: str, settings: dict[str, Any]) -> MethodConfig:
-    """A preset with settings over it; a mistake is told in one line with what is allowed."""
+def configure(config: type[C], preset: str, settings: dict[str, Any]) -> C:
+    """A preset with settings over it; a mistake is told in one line with what is allowed. ("small" is for methods only.)"""
     known = config.model_fields
     for name in settings:
         if name not in known:
             near = nearest(name, known) or sorted(known)
             raise BadSetting(f"there is no setting {name!r}; did you mean {', '.join(near)}?")
     try:
-        base = config.small() if preset == "small" else config()
+        base = cast(Any, config).small() if preset == "small" else config()
         return config.model_validate({**base.model_dump(), **settings})
     except ValidationError as error:
         first = error.errors()[0]
@@ -76,6 +79,30 @@ def configure(config: type[MethodConfig], preset: str, settings: dict[str, Any])
         raise BadSetting(
             f"{name}={first['input']!r}: {first['msg'].lower()}" + (f" ({described})" if described else "")
         ) from None
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """`["lr=1e-3", "color=red"]` as a dict; values are read as YAML, so numbers, booleans, null and lists come out typed."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise BadSetting(f"{pair!r} is no NAME=VALUE, such as batch_size=32")
+        try:
+            value = yaml.safe_load(text)
+            found[name.strip()] = float(value) if isinstance(value, str) and _is_number(value) else value
+        except yaml.YAMLError:
+            found[name.strip()] = text
+    return found
+
+
+def _is_number(text: str) -> bool:
+    """YAML 1.1 reads 1e-3 as text."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def initialise(method: Method, path: Path) -> None:

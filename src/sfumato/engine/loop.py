@@ -40,7 +40,7 @@ from sfumato.engine.objective import Objective
 from sfumato.engine.progress import Progress
 from sfumato.engine.randomness import key, seed_everything
 from sfumato.engine.run_folder import Run
-from sfumato.engine.stream import Stream, stream, stream_loader
+from sfumato.engine.stream import Augmented, Stream, collate, read_loader, stream, stream_loader
 from sfumato.errors import BadCheckpoint, BadData, BadSetting, Diverged, Interrupted, MissingExtra, SfumatoError
 from sfumato.method import Batch, Context, Method, Result
 
@@ -105,12 +105,13 @@ def fit(
     Args:
         method: freshly built, or as a checkpoint left it when `run` holds one.
         data: a place (`"sample:digits"`, a folder, ...), a tensor `[N, C, H, W]`, a list of images, a `Batch`, a data set, or
-            your own DataLoader.
+            your own DataLoader: it gives images in [0, 1], `(images, labels)`, `(images, targets)` or a `Batch`; its batches are
+            taken as they come (no `augment`), and of several processes each must be given its share.
         steps: optimizer steps; None: the method's own number.
         minutes: a time instead: a few throw-away steps are timed, and the number of steps is fixed from them.
         run: a run folder to write to; a checkpoint in it is continued.
         progress: show a progress bar.
-        held_out: data for `method.evaluate` at the end.
+        held_out: data for `method.evaluate` at the end, of the same kinds.
         **options: see `Options`.
 
     Raises:
@@ -250,11 +251,7 @@ class Trainer:
     def _finish(self, held_out: Any, seconds: float) -> None:
         figures: dict[str, float] = {}
         if self.main and held_out is not None:
-            self.method.eval()
-            with torch.no_grad():
-                figures = self.method.evaluate(
-                    batch.to(self.device) for batch in epoch(as_data(held_out), self.method.config.batch_size)
-                )
+            figures = evaluate(self.method, as_data(held_out))
         if self.run is not None:
             self._save()
             if self.main:
@@ -295,14 +292,10 @@ class Trainer:
             return
         from torchvision.utils import save_image
 
-        batch = next(epoch(self.data, min(4, len(self.data)), augment=self.method.augment(), seed=self.options.seed)).to(
-            self.device
-        )
-        generator = torch.Generator(self.device).manual_seed(key(self.options.seed, "preview"))
-        self.method.eval()
-        with torch.no_grad():
-            for name, images in self.method.preview(batch, generator).items():
-                save_image(images.float().clamp(0, 1).cpu(), self.run.pictures / f"{self.ctx.step}-{name}.png", nrow=len(images))
+        augment, seed = self.method.augment(), self.options.seed
+        batch = next(epoch(self.data, min(4, len(self.data)), augment=augment, seed=seed)).to(self.device)
+        for name, images in preview(self.method, batch, seed).items():
+            save_image(images, self.run.pictures / f"{self.ctx.step}-{name}.png", nrow=len(images))
         self.method.train()
 
     def _load(self) -> dict[str, Any]:
@@ -336,24 +329,31 @@ class Trainer:
             ema.load_state_dict(saved["ema"])
         return ema
 
-    def _steps_in(self, minutes: float, warm: int = 2, timed: int = 5, at_least: float = 1.0) -> int:
-        """How many steps fit: time a few (and a second) in the middle of the schedules on a throw-away copy of the state."""
-        before, seed = copy.deepcopy(self.method.state_dict()), self.options.seed
-        self.ctx.step, self.ctx.total, seconds = 500, 1000, []
-        for batches in self.batches(0):
-            started = time.perf_counter()
-            self.step([b.to(self.device) for b in batches], check=True)
+    def seconds_a_step(self, warm: int = 2, timed: int = 5, at_least: float = 1.0) -> float:
+        """The median time of a step with its loading, in the middle of the schedules.
+
+        A few steps are taken (for a second at least) and thrown away: weights, optimizers and position are as before.
+        """
+        before, seed, total = copy.deepcopy(self.method.state_dict()), self.options.seed, self.ctx.total
+        seconds: list[float] = []
+        self.ctx.step, self.ctx.total = 500, 1000
+        batches, started = self.batches(0), time.perf_counter()
+        while not self._agree(len(seconds) >= warm + timed and sum(seconds) >= at_least):
+            self.step([b.to(self.device) for b in next(batches)], check=True)
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-            if len(seconds) >= warm + timed and sum(seconds) > at_least:
-                break
+            now = time.perf_counter()
+            seconds.append(now - started)
+            started = now
         self.method.load_state_dict(before)
-        self.ctx.optimizers, self.ctx.step = self.method.optimizers(), 0
+        self.ctx.optimizers, self.ctx.step, self.ctx.total = self.method.optimizers(), 0, total
         self.ema = self._ema({})
         seed_everything(key(seed, "after timing"), self.device)
-        typical = statistics.median(seconds[warm:])
-        total = torch.tensor(float(max(1, int(60 * minutes / typical))), device=self.device)
+        return statistics.median(seconds[warm:])
+
+    def _steps_in(self, minutes: float) -> int:
+        """How many steps fit, on average over the processes."""
+        total = torch.tensor(float(max(1, int(60 * minutes / self.seconds_a_step()))), device=self.device)
         return int(self._sum(total) / self.accelerator.num_processes)
 
     # ---- several processes
@@ -394,12 +394,35 @@ def as_data(data: Any) -> Any:
 
 
 def epoch(data: Any, batch_size: int, augment: Callable[..., Any] | None = None, seed: int = 0) -> Iterator[Batch]:
-    """Every sample once, in order."""
-    from sfumato.engine.stream import Augmented, collate
-
+    """Every sample once, in order; a batch ends early where the next image has another size."""
+    if not hasattr(data, "__getitem__"):
+        yield from read_loader(data)
+        return
     samples = Augmented(data, augment, seed)
-    for first in range(0, len(data), batch_size):
-        yield collate([samples[(0, i)] for i in range(first, min(first + batch_size, len(data)))])
+    batch: list[Any] = []
+    for i in range(len(data)):
+        sample = samples[(0, i)]
+        if batch and (len(batch) == batch_size or sample[0].shape != batch[0][0].shape):
+            yield collate(batch)
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield collate(batch)
+
+
+@torch.no_grad()
+def evaluate(method: Method, held_out: Any) -> dict[str, float]:
+    """A method's figures on held-out data; leaves it in eval mode."""
+    batches = epoch(held_out, method.config.batch_size)
+    return method.eval().evaluate(batch.to(method.device) for batch in batches)
+
+
+@torch.no_grad()
+def preview(method: Method, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
+    """A method's pictures of a batch, in [0, 1] on the CPU, with the same noise every time; leaves it in eval mode."""
+    generator = torch.Generator(method.device).manual_seed(key(seed, "preview"))
+    pictures = method.eval().preview(batch.to(method.device), generator)
+    return {name: images.float().clamp(0, 1).cpu() for name, images in pictures.items()}
 
 
 def accelerator(options: Options, run: Run | None = None) -> Any:

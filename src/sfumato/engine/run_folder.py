@@ -31,17 +31,10 @@ class Run:
     @classmethod
     def create(cls, root: str | Path, slug: str) -> Run:
         """A new folder under `root/slug`, named by the time; never an existing one."""
-        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
-            run = cls(Path(root) / slug / (stamp + suffix))
-            try:
-                run.path.mkdir(parents=True)
-            except FileExistsError:
-                continue
-            run.checkpoints.mkdir()
-            run.pictures.mkdir()
-            return run
-        raise Busy(f"cannot find a free name under {Path(root) / slug}")
+        run = cls(fresh_folder(Path(root) / slug))
+        run.checkpoints.mkdir()
+        run.pictures.mkdir()
+        return run
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -110,3 +103,16 @@ class Run:
         aside = self.path / ".metrics.jsonl.writing"
         aside.write_text("".join(json.dumps(m) + "\n" for m in kept))
         os.replace(aside, self.metrics_file)
+
+
+def fresh_folder(root: Path) -> Path:
+    """A new folder under `root`, named by the time; never an existing one."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
+        path = root / (stamp + suffix)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise Busy(f"cannot find a free name under {root}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sfumato.data.arrays import checked
 from sfumato.data.image_set import as_unit
 from sfumato.engine.randomness import key
 from sfumato.errors import BadData, BadSetting
@@ -124,26 +125,55 @@ def stream(
 
 
 def stream_loader(loader: Iterable[Any], *, start: int, accumulate: int = 1) -> Stream:
-    """The same from a person's own DataLoader (tensors, (x, y) pairs or `Batch`es), begun again whenever it ends."""
+    """The same from a person's own DataLoader, see `read_loader`, begun again whenever it ends."""
 
     def endless() -> Iterator[Batch]:
         seen = 0
         while True:
             before = seen
-            for item in loader:
-                x, *rest = (item,) if isinstance(item, (Tensor, Batch)) else tuple(item)
-                if isinstance(x, Batch):
-                    yield x
-                else:
-                    label = rest[0] if rest and not rest[0].is_floating_point() else None
-                    target = rest[0] if rest and rest[0].is_floating_point() else None
-                    yield Batch(unit(x), torch.arange(seen, seen + len(x)), label, target)
-                seen += len(x)
+            for batch in read_loader(loader, seen):
+                yield batch
+                seen += len(batch)
             if seen == before:
-                raise BadData("the loader is empty")
+                raise BadData("the loader is empty" if not seen else "the loader cannot be read twice: give a DataLoader")
 
     it = endless()
     for _ in range(start * accumulate):
         next(it)
     while True:
         yield [next(it) for _ in range(accumulate)]
+
+
+def read_loader(loader: Iterable[Any], seen: int = 0) -> Iterator[Batch]:
+    """What a person's own loader gives, once through.
+
+    Args:
+        loader: gives images `[B, C, H, W]`, `(images, labels)`, `(images, targets)` (labels are whole numbers, targets floats) or
+            a `Batch`, which is taken as it is.
+        seen: samples that were read before; they number the next ones.
+
+    Raises:
+        BadData: it gives something else, or the first images are none (see `checked`).
+    """
+    for i, item in enumerate(loader):
+        batch = item if isinstance(item, Batch) else _as_batch(item, seen, check=i == 0)
+        seen += len(batch)
+        yield batch
+
+
+def _as_batch(item: Any, seen: int, check: bool) -> Batch:
+    pair = isinstance(item, (tuple, list)) and len(item) > 0
+    x, y = (item[0], item[1] if len(item) > 1 else None) if pair else (item, None)
+    if not isinstance(x, Tensor) or not isinstance(y, (Tensor, type(None))):
+        kinds = ", ".join(type(v).__name__ for v in item) if pair else type(item).__name__
+        raise BadData(
+            f"the loader gives {kinds}: let it give images [B, C, H, W], (images, labels), (images, targets) or a "
+            "sfumato.data.Batch; a collate_fn can do that"
+        )
+    target = y if y is not None and y.is_floating_point() else None
+    return Batch(
+        unit(checked(x, "x of the loader") if check else x),
+        torch.arange(seen, seen + len(x)),
+        label=y if target is None else None,
+        target=None if target is None else unit(target),
+    )

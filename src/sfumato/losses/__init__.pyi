@@ -5,6 +5,9 @@ from .comp_sum_family import comp_sum as comp_sum
 from .comp_sum_family import comp_sum_bound as comp_sum_bound
 from .comp_sum_family import comp_sum_bound_inverse as comp_sum_bound_inverse
 from .comp_sum_family import margins as margins
+from .contrastive import info_nce as info_nce
+from .contrastive import spectral_contrastive as spectral_contrastive
+from .contrastive import supervised_contrastive as supervised_contrastive
 from .gram import gaussian_gram as gaussian_gram
 from .gram import median_bandwidth as median_bandwidth
 from .gram import squared_distances as squared_distances
@@ -14,3 +17,8 @@ from .masked import masked_patch_mse as masked_patch_mse
 from .masked import normalize_patches as normalize_patches
 from .masked import patch_statistics as patch_statistics
 from .masked import weighted_l1 as weighted_l1
+from .stable_softmax import cross_entropy_at as cross_entropy_at
+from .stable_softmax import log_stablemax as log_stablemax
+from .stable_softmax import stablemax as stablemax
+from .stable_softmax import stablemax_cross_entropy as stablemax_cross_entropy
+from .stable_softmax import symlog as symlog

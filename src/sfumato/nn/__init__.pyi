@@ -30,6 +30,9 @@ from .phase_batches import subsample as subsample
 from .pixel_head import PixelShuffleHead as PixelShuffleHead
 from .positions import RelativePositionBias as RelativePositionBias
 from .positions import sincos_2d as sincos_2d
+from .projection_heads import ProjectionHead as ProjectionHead
+from .projection_heads import ReweightingHead as ReweightingHead
+from .projection_heads import SymmetricReLU as SymmetricReLU
 from .psd_sqrt import psd_power as psd_power
 from .toy_mlp import ToyDenoiser as ToyDenoiser
 from .trace_of_jacobian import divergence as divergence

@@ -75,14 +75,15 @@ def unflatten_params(vec: Tensor, like: Parameters) -> dict[str, Tensor] | list[
     return pieces if names is None else dict(zip(names, pieces, strict=True))
 
 
-def layer_slices(model: nn.Module) -> dict[str, slice]:
+def layer_slices(model: nn.Module | Mapping[str, Tensor]) -> dict[str, slice]:
     """Where each layer lies in the flat vector: `{module name: slice}`, for every module that owns trainable parameters.
 
-    The slices follow one another and cover `[0, d)`; a module's own parameters are always neighbours.
+    Given parameters by name, those that are trainable. The slices follow one another and cover `[0, d)`; a module's own
+    parameters are always neighbours.
     """
     slices: dict[str, slice] = {}
     start = 0
-    for name, p in model.named_parameters():
+    for name, p in model.items() if isinstance(model, Mapping) else model.named_parameters():
         if not p.requires_grad:
             continue
         layer = name.rpartition(".")[0]

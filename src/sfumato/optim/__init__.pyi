@@ -8,6 +8,8 @@ from .inverse_fisher import StaticInverseFisher as StaticInverseFisher
 from .lr_scaling import lr_for_batch as lr_for_batch
 from .lr_scaling import polyak_heavy_ball as polyak_heavy_ball
 from .mfac import MFAC as MFAC
+from .perp_grad import PerpGrad as PerpGrad
+from .perp_grad import project_out_weights_ as project_out_weights_
 from .schedules import cosine_warmup as cosine_warmup
 from .schedules import linear_ramp as linear_ramp
 from .schedules import log_cosine_warmup as log_cosine_warmup

@@ -163,6 +163,7 @@ class AdaHessian(Optimizer):
         else:
             loss, products = _through_graph(closure, params, signs)
         curvature = dict(zip(params, _diagonal(signs, products), strict=True)) if due else {}
+        del signs, products  # two copies of the weights less while they are updated
         for group in self.param_groups:
             with_grad = [p for p in group["params"] if p.requires_grad and p.grad is not None]
             self._update(group, [p for p in with_grad if due or self.state[p]["hessian_step"]], curvature)

@@ -19,7 +19,7 @@ tensor([1.6900, 1.2500, 0.0000], dtype=torch.float64)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -71,6 +71,30 @@ def class_stats(features: Tensor, labels: Tensor, *, classes: int | None = None)
     counts = labels.bincount(minlength=classes or 0)
     sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, labels, features)
     return ClassStats(counts, sums / counts.clamp(min=1)[:, None], features.mean(0))
+
+
+def pooled_stats(parts: Iterable[ClassStats]) -> ClassStats:
+    """The statistics of data from those of its parts, which all count the same classes.
+
+    Args:
+        parts: of disjoint samples; read one after the other, so that a generator keeps one batch in memory.
+
+    Returns:
+        Statistics of all samples.
+
+    Raises:
+        BadData: no part.
+    """
+    counts, sums, total = None, torch.zeros(()), torch.zeros(())
+    for part in parts:
+        if counts is None:
+            counts, sums, total = torch.zeros_like(part.counts), torch.zeros_like(part.means), torch.zeros_like(part.mean)
+        counts = counts + part.counts
+        sums = sums + part.counts[:, None] * part.means
+        total = total + part.counts.sum() * part.mean
+    if counts is None:
+        raise BadData("there is no part: give the statistics of at least one batch")
+    return ClassStats(counts, sums / counts.clamp(min=1)[:, None], total / counts.sum())
 
 
 def nc1(features: Tensor, labels: Tensor, *, stats: ClassStats | None = None) -> Tensor:

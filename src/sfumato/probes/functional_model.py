@@ -64,8 +64,9 @@ class FunctionalModel:
         return {name: self.model.get_parameter(name).detach() for name in self.names}
 
     def __call__(self, theta: dict[str, Tensor], x: Tensor) -> Tensor:
-        """The module's output at other values of the chosen parameters (tied ones follow)."""
-        output: Tensor = functional_call(self.model, theta, (x,))
+        """The module's output at other values of the chosen parameters (tied ones follow); the rest carries no graph."""
+        rest = {name: p.detach() for name, p in self.model.named_parameters() if name not in theta}
+        output: Tensor = functional_call(self.model, {**rest, **theta}, (x,))
         return output
 
     @contextmanager

@@ -16,6 +16,7 @@ True
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from sfumato.errors import BadData, BadSetting
 from sfumato.probes.linear_operator import LinearOperator
 
-__all__ = ["Density", "Eigenpairs", "Lanczos", "eigs", "lanczos", "spectral_density", "svds"]
+__all__ = ["Density", "Eigenpairs", "Lanczos", "eigs", "lanczos", "smoothed_spectrum", "spectral_density", "svds"]
 
 
 class Lanczos(NamedTuple):
@@ -38,6 +39,11 @@ class Lanczos(NamedTuple):
     def matrix(self) -> Tensor:
         """T, `[m, m]`."""
         return torch.diag(self.alpha) + torch.diag(self.beta, 1) + torch.diag(self.beta, -1)
+
+    def quadrature(self) -> tuple[Tensor, Tensor]:
+        """Nodes (eigenvalues of T, smallest first) and weights `[m]`: Σ w f(λ) = qᵀ f(A) q for the unit start q."""
+        nodes, vectors = torch.linalg.eigh(self.matrix())
+        return nodes, vectors[0] ** 2
 
 
 class Eigenpairs(NamedTuple):
@@ -125,10 +131,25 @@ def spectral_density(
     high = nodes.masked_fill(~used, -torch.inf).amax(1).mean()
     t = torch.linspace(0, 1, grid, dtype=op.dtype, device=op.device) * (high - low + 0.02) + low - 0.01
     variance = sigma2 * (high - low).clamp_min(1)
-    phi = torch.zeros_like(t)
-    for row, weight in zip(nodes, weights, strict=True):
-        phi += torch.exp(-((t[:, None] - row) ** 2) / (2 * variance)) @ weight
+    phi = smoothed_spectrum(nodes, weights, t, variance).sum(0)
     return Density(t, phi / torch.trapezoid(phi, t), nodes, weights)
+
+
+def smoothed_spectrum(nodes: Tensor, weights: Tensor, t: Tensor, variance: Tensor | float) -> Tensor:
+    """Quadratures as densities: Σ_k w_k N(t; λ_k, variance) for each start.
+
+    Args:
+        nodes: `[starts, m]`.
+        weights: `[starts, m]`; unused places have weight 0.
+        t: `[grid]`.
+        variance: of the Gaussian that smooths a node.
+
+    Returns:
+        `[starts, grid]`, each with the integral of its weights.
+    """
+    scale = (2 * torch.pi * torch.as_tensor(variance, dtype=t.dtype, device=t.device)) ** 0.5
+    rows = [torch.exp(-((t[:, None] - row) ** 2) / (2 * variance)) @ weight for row, weight in zip(nodes, weights, strict=True)]
+    return torch.stack(rows) / scale
 
 
 def eigs(
@@ -166,17 +187,19 @@ def eigs(
     projected = torch.zeros(size, size, dtype=op.dtype, device=op.device)
     kept, products = 0, 0
     while True:
-        last = _extend(op, basis, projected, kept, size, generator)
-        products += size - kept
-        values, s = torch.linalg.eigh((projected + projected.T) / 2)
-        order = _order(values, which)
-        values, s = values[order], s[:, order]
-        converged = bool(((last * s[-1, :k]).abs() <= max(tol, torch.finfo(op.dtype).eps) * values.abs().max()).all())
-        if converged or size == d or products >= max_iter:
-            vectors = torch.linalg.qr(basis[:, :size] @ s[:, :k])[0]
-            images = op @ vectors
-            values = (vectors * images).sum(0)
-            return Eigenpairs(values, vectors, (images - vectors * values).norm(dim=0))
+        for start, stop in itertools.pairwise([kept, *range(max(kept, 2 * k) + 5, size, 5), size]):
+            last = _extend(op, basis, projected, start, stop, generator)
+            products += stop - start
+            square = projected[:stop, :stop]
+            values, s = torch.linalg.eigh((square + square.T) / 2)
+            order = _order(values, which)
+            values, s = values[order], s[:, order]
+            converged = bool(((last * s[-1, :k]).abs() <= max(tol, torch.finfo(op.dtype).eps) * values.abs().max()).all())
+            if converged or stop == d or products >= max_iter:
+                vectors = torch.linalg.qr(basis[:, :stop] @ s[:, :k])[0]
+                images = op @ vectors
+                values = (vectors * images).sum(0)
+                return Eigenpairs(values, vectors, (images - vectors * values).norm(dim=0))
         kept = min(k + (size - k) // 2, size - 1)
         basis[:, : kept + 1] = torch.cat([basis[:, :size] @ s[:, :kept], basis[:, size:]], 1)
         projected.zero_()
@@ -261,8 +284,7 @@ def _quadrature(op: LinearOperator | Tensor, first: Tensor, steps: int) -> tuple
     alpha, beta, _ = _tridiagonalise(op, first, steps)
     nodes, weights = torch.zeros_like(alpha), torch.zeros_like(alpha)
     for i, m in enumerate(_length(alpha, beta).tolist()):
-        values, vectors = torch.linalg.eigh(Lanczos(alpha[i, :m], beta[i, : m - 1], alpha).matrix())
-        nodes[i, :m], weights[i, :m] = values, vectors[0] ** 2
+        nodes[i, :m], weights[i, :m] = Lanczos(alpha[i, :m], beta[i, : m - 1], alpha).quadrature()
     return nodes, weights
 
 

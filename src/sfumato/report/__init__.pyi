@@ -1,5 +1,6 @@
 from .claim_report import plot_record as plot_record
 from .claim_report import write_claim_report as write_claim_report
+from .compare_report import write_compare_report as write_compare_report
 from .page import Page as Page
 from .pictures import Picture as Picture
 from .pictures import data_uri as data_uri
@@ -8,6 +9,7 @@ from .pictures import save_grid as save_grid
 from .plots import curves as curves
 from .plots import picture_grid as picture_grid
 from .plots import spectrum as spectrum
+from .probe_report import write_probe_report as write_probe_report
 from .rows import bars as bars
 from .rows import dots as dots
 from .rows import intervals as intervals

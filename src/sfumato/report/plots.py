@@ -239,7 +239,8 @@ def spectrum(data: Any, *, xlabel: str = "eigenvalue", logx: bool = False, logy:
     """The density of eigenvalues.
 
     Args:
-        data: eigenvalues `[n]` (their histogram); a density `(t, phi)`, or anything with `t` and `phi`; or several, by name.
+        data: eigenvalues `[n]` (their histogram); a density `(t, phi)`, or anything with `t` and `phi`; or several, by name. Of
+            phi `[starts, n]` the mean is the line, with the 95 % interval of that mean as a band.
         logx: a logarithmic axis; symmetric-logarithmic where values are not positive.
         logy: a logarithmic density, over six decades at most.
 
@@ -252,11 +253,15 @@ def spectrum(data: Any, *, xlabel: str = "eigenvalue", logx: bool = False, logy:
         ax = canvas.subplots()
         ends = []
         drawn = {name: _density(item, logx) for name, item in named.items()}
-        seen = np.concatenate([phi[phi > 0] for _, phi in drawn.values()] + [np.zeros(0)])
+        means = {name: np.atleast_2d(phi).mean(0) for name, (_, phi) in drawn.items()}
+        seen = np.concatenate([phi[phi > 0] for phi in means.values()] + [np.zeros(0)])
         floor = float(max(seen.min() / 2, seen.max() * 1e-6)) if logy and len(seen) else 0.0
-        for i, (name, (t, phi)) in enumerate(drawn.items()):
-            look = _look(theme, i)
+        for i, (name, (t, phis)) in enumerate(drawn.items()):
+            look, phi = _look(theme, i), means[name]
             keep = _kept(phi)
+            if phis.ndim > 1 and len(phis) > 1:
+                low, high = (np.maximum(limit, floor)[keep] for limit in _confidence(phis))
+                ax.fill_between(t[keep], low, high, color=look["color"], alpha=0.28, linewidth=0)
             t, phi = t[keep], np.maximum(phi, floor)[keep]
             ax.fill_between(t, phi, floor, color=look["color"], alpha=0.14, linewidth=0)
             ax.plot(t, phi, **look, linewidth=1.5)

@@ -150,7 +150,7 @@ def _show_evals(page: Page, evals: Sequence[Mapping[str, Any]]) -> None:
     if len(evals) > 2:
         page.figure([f for name in names if (f := _curve(name, [{"step": e["step"], name: e["eval"].get(name)} for e in evals]))])
     last = evals[-1]
-    rows = [[_words(n), _flat(last["eval"][n])] for n in names if n in last["eval"]]
+    rows = [[_words(n), flat(last["eval"][n])] for n in names if n in last["eval"]]
     page.table(rows, ["figure", f"after step {int(last['step']):,}"])
 
 
@@ -253,17 +253,17 @@ def _show_settings(page: Page, config: Mapping[str, Any]) -> None:
     settings = config.get("settings")
     page.section("Settings")
     if isinstance(settings, Mapping) and settings:
-        page.table([[name, _flat(value)] for name, value in settings.items()], ["setting", "value"])
-    rest = [[_words(str(name)), _flat(value)] for name, value in config.items() if name != "settings"]
+        page.table([[name, flat(value)] for name, value in settings.items()], ["setting", "value"])
+    rest = [[_words(str(name)), flat(value)] for name, value in config.items() if name != "settings"]
     page.table(rest, ["run", ""], folded="The run: data, seed, device and versions")
 
 
-def _flat(value: Any) -> str:
+def flat(value: Any) -> str:
     """A setting as one would type it."""
     if isinstance(value, float):
         return number(value)
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, Mapping):
-        return ", ".join(f"{k}: {_flat(v)}" for k, v in value.items())
-    return ", ".join(map(_flat, value)) if isinstance(value, (list, tuple)) else str(value)
+        return ", ".join(f"{k}: {flat(v)}" for k, v in value.items())
+    return ", ".join(map(flat, value)) if isinstance(value, (list, tuple)) else str(value)

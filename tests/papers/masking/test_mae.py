@@ -9,7 +9,7 @@ from sfumato.claim import judge
 from sfumato.data import digits, photo_crops
 from sfumato.engine import Options, Trainer
 from sfumato.engine.lab import Lab
-from sfumato.errors import BadCheckpoint, BadSetting
+from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.losses import masked_patch_mse
 from sfumato.masks import upsample_mask
 from sfumato.method import Batch, Context, capabilities
@@ -77,6 +77,12 @@ def test_the_training_loss_put_together_by_hand():
     assert torch.allclose(loss.value, masked_patch_mse(pred, patchify(normal, 4), hidden), atol=1e-6)
     assert loss.weight == 4
     assert hidden.sum(1).tolist() == [12] * 4
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (8, 32)], ids=["larger", "as many patches"])
+def test_pictures_of_another_size_are_refused_in_one_line(shape):
+    with pytest.raises(BadData, match=f"pictures are {shape[0]} x {shape[1]}, the network takes 16 x 16: set image_size"):
+        build().loss(batch(torch.rand(2, 3, *shape)), context())
 
 
 def test_simmim_loss_is_their_formula():

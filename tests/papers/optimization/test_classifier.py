@@ -9,10 +9,10 @@ from torch import nn
 from sfumato.data import Batch, Facts, digits
 from sfumato.engine import fit
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
-from sfumato.losses import smooth_adversarial_comp_sum, trades
+from sfumato.losses import smooth_adversarial_comp_sum, stablemax, stablemax_cross_entropy, trades
 from sfumato.method import Context, Encoder, Method, Predictor
 from sfumato.nn import MaskedViTEncoder
-from sfumato.optim import AdaHessian
+from sfumato.optim import AdaHessian, PerpGrad
 from sfumato.papers.optimization.classifier import Classifier, lr_factor
 
 Config = Classifier.Config
@@ -40,11 +40,11 @@ def test_every_kind_of_network(model):
     assert method.encode(torch.rand(2, 3, 40, 40)).shape == (2, method.network.head.in_features)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac", "perpgrad"])
 @pytest.mark.parametrize("model", ["conv", "vit"])
 def test_every_optimizer_learns_digits(model, optimizer):
     train, test = digits(train=300)
-    lr = 1e-2 if optimizer in ("adamw", "adam") else None
+    lr = 1e-2 if optimizer in ("adamw", "adam", "perpgrad") else None
     whole = optimizer == "lbfgs"  # it wants the same loss at every step
     settings = {"optimizer": optimizer, "lr": lr, "batch_size": 300 if whole else 32, "encoder_settings": TINY}
     method, steps = built(model=model, **settings), 2 if whole else 15
@@ -201,6 +201,32 @@ def test_comp_sum_contains_cross_entropy(smoothing):
     )
     torch.testing.assert_close(same, plain)
     assert other < plain
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_stablemax_takes_the_place_of_softmax(smoothing):
+    batch, method = batch_of(), built(label_smoothing=smoothing, loss="stablemax").eval()
+    logits = method.network(method.prepare(batch.x))
+    value = method.loss(batch, context()).value
+    torch.testing.assert_close(value, stablemax_cross_entropy(logits, batch.label, label_smoothing=smoothing))
+    torch.testing.assert_close(method.predict(batch.x), stablemax(logits), check_dtype=False)
+    figures = method.evaluate([batch])
+    assert figures["loss"] == pytest.approx(stablemax_cross_entropy(logits, batch.label).item())
+    value.backward()
+    assert method.network.head.weight.grad.dtype == torch.float32
+
+
+def test_stablemax_and_perpgrad_train_together():
+    train, test = digits(train=300)
+    settings = {"loss": "stablemax", "optimizer": "perpgrad", "lr": 1e-2, "optimizer_settings": {"per": "row"}}
+    method = built(model="mlp", **settings)
+    optimizer = method.optimizers()["net"]
+    assert isinstance(optimizer, PerpGrad)
+    assert optimizer.param_groups[0]["per"] == "row"
+    trained = fit(method, train, steps=20, progress=False, device="cpu")
+    assert trained.evaluate([test])["accuracy"] > 0.6
+    with pytest.raises(BadSetting, match="per='column'"):
+        built(optimizer="perpgrad", optimizer_settings={"per": "column"}).optimizers()
 
 
 @pytest.mark.parametrize("kind", ["pgd", "trades", "smooth"])

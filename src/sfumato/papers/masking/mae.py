@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from sfumato.claim import Better, Figures, Lab, claim
-from sfumato.errors import BadCheckpoint
+from sfumato.errors import BadCheckpoint, BadData
 from sfumato.losses import masked_patch_mse, patch_statistics
 from sfumato.masks import fill, random_mask, upsample_mask
 from sfumato.method import Batch, Context, Loss, Method, MethodConfig, Step
@@ -104,7 +104,14 @@ class MaskedImageModel(Method):
     # ---- training
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
-        """Draw a mask, predict what it hides."""
+        """Draw a mask, predict what it hides.
+
+        Raises:
+            BadData: pictures of another size, which only a loader of one's own gives.
+        """
+        (height, width), side = batch.x.shape[-2:], self.config.image_size
+        if (height, width) != (side, side):
+            raise BadData(f"pictures are {height} x {width}, the network takes {side} x {side}: set image_size, or crop them")
         hidden = self.mask(len(batch), ctx.generator, ctx.progress)
         return Loss(self.masked_loss(self.normalised(batch.x), hidden), len(batch))
 

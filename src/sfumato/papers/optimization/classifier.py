@@ -3,7 +3,8 @@
 L(θ) = mean cross-entropy of softmax(f_θ(x)) against labels smoothed by s: (1 − s)·onehot(y) + s / K. Not a paper. Optimizers with
 a second derivative work for every network: they run attention through a kernel that has one.
 
-`loss=comp_sum` takes another loss of cross-entropy's family. With `adversarial` the classifier learns from attacked pictures x′:
+`loss=comp_sum` takes another loss of cross-entropy's family, `loss=stablemax` another softmax (for predictions too). With
+`adversarial` the classifier learns from attacked pictures x′:
 pgd: L(x′);  trades: L(x) + β KL(p(x) ‖ p(x′));  smooth: L(x) + ν ‖Δ̄(x′) − Δ̄(x)‖₂, with Δ̄ the margins of the label.
 
 Batch normalisation: micro-batches and processes then normalise by their own statistics, so accumulating or distributing is not
@@ -36,10 +37,12 @@ from sfumato.attacks.objectives import Objective, kl_shift, margin_shift
 from sfumato.data.batch import Batch, Facts
 from sfumato.errors import BadCheckpoint, BadData, BadSetting, nearest
 from sfumato.losses.comp_sum_family import comp_sum
+from sfumato.losses.stable_softmax import symlog, widened
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.nn.masked_vit import MaskedViTEncoder
 from sfumato.optim.adahessian import AdaHessian
 from sfumato.optim.mfac import MFAC
+from sfumato.optim.perp_grad import PerpGrad
 from sfumato.optim.schedules import cosine_warmup, linear_ramp
 from sfumato.probes.functional_model import eval_mode
 
@@ -51,6 +54,7 @@ CUSTOMARY = {  # (learning rate, weight decay)
     "adahessian": (0.15, 5e-4 / 0.15),  # the official script divides its 5e-4 by the learning rate
     "lbfgs": (1.0, 0.0),
     "mfac": (1e-3, 0.0),
+    "perpgrad": (1e-3, 0.0),
 }
 SHIFTS: dict[str, tuple[Callable[[Tensor], Objective], float]] = {"trades": (kl_shift, 6.0), "smooth": (margin_shift, 1.0)}
 """What an attack changes, added to the loss of the clean pictures, and its customary weight."""
@@ -66,8 +70,8 @@ class SupervisedConfig(MethodConfig):
     augment: bool = Field(True, description="random crops and flips while training")
     mean: float | tuple[float, ...] = Field(0.5, description="pixel mean that is subtracted (one number or one a channel)")
     std: float | tuple[float, ...] = Field(0.25, description="pixel deviation that is divided by (one number or one a channel)")
-    optimizer: Literal["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac"] = Field(
-        "sgd", description="what trains the weights"
+    optimizer: Literal["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac", "perpgrad"] = Field(
+        "sgd", description="what trains the weights; perpgrad: AdamW on gradients at right angles to them"
     )
     lr: float | None = Field(None, gt=0, description="learning rate; None: customary for the optimizer")
     weight_decay: float | None = Field(None, ge=0, description="weight decay; None: customary for the optimizer")
@@ -294,12 +298,16 @@ def make_optimizer(config: SupervisedConfig, params: list[nn.Parameter]) -> Opti
         settings = {"lr": lr, "line_search_fn": "strong_wolfe"}
     kinds: dict[str, Callable[..., Optimizer]] = {
         "sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW,
-        "adahessian": AdaHessian, "lbfgs": torch.optim.LBFGS, "mfac": MFAC,
+        "adahessian": AdaHessian, "lbfgs": torch.optim.LBFGS, "mfac": MFAC, "perpgrad": _perp_adamw,
     }  # fmt: skip
     try:
         return kinds[config.optimizer](params, **{**settings, **config.optimizer_settings})
     except (TypeError, ValueError) as error:
         raise BadSetting(f"optimizer_settings={config.optimizer_settings} do not suit {config.optimizer}: {error}") from None
+
+
+def _perp_adamw(params: list[nn.Parameter], per: Any = "tensor", **settings: Any) -> PerpGrad:
+    return PerpGrad(torch.optim.AdamW(params, **settings), per=per)
 
 
 class Classifier(Supervised):
@@ -308,7 +316,9 @@ class Classifier(Supervised):
     class Config(SupervisedConfig):
         classes: int | None = Field(None, gt=1, description="number of classes; None: those of the data")
         label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
-        loss: Literal["cross_entropy", "comp_sum"] = Field("cross_entropy", description="comp_sum: its family, see tau")
+        loss: Literal["cross_entropy", "comp_sum", "stablemax"] = Field(
+            "cross_entropy", description="comp_sum: its family, see tau; stablemax: cross-entropy of StableMax, not softmax"
+        )
         tau: float = Field(1.0, ge=0, description="of comp_sum: 0 sum-exponential, 1 cross-entropy, 2 mean absolute error")
         rho: float = Field(1.0, gt=0, description="of comp_sum: the margin that counts as large")
         adversarial: Literal["none", "pgd", "trades", "smooth"] = Field(
@@ -334,14 +344,14 @@ class Classifier(Supervised):
         return build_network(self.config, self.config.classes)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits `[B, K]` of pictures `[B, C, H, W]` in [0, 1]."""
+        """Logits `[B, K]` of pictures `[B, C, H, W]` in [0, 1]; for StableMax those whose softmax it is."""
         logits: Tensor = self.network(self.prepare(x))
-        return logits
+        return symlog(widened(logits)) if self.config.loss == "stablemax" else logits
 
     def criterion(self, logits: Tensor, label: Tensor) -> Tensor:
         """The mean loss that the settings name, of logits `[B, K]` and labels `[B]`."""
         smoothing = self.config.label_smoothing
-        if self.config.loss == "cross_entropy":
+        if self.config.loss != "comp_sum":
             return F.cross_entropy(logits, label, label_smoothing=smoothing)
         if smoothing:
             label = F.one_hot(label, logits.shape[1]) * (1 - smoothing) + smoothing / logits.shape[1]

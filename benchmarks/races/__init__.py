@@ -1,0 +1,1 @@
+"""One file a race, or a few races of one kind."""

@@ -1,0 +1,15 @@
+from .findings import Findings as Findings
+from .findings import Pictures as Pictures
+from .findings import Plan as Plan
+from .findings import Plot as Plot
+from .findings import Section as Section
+from .findings import Table as Table
+from .kinds import KINDS as KINDS
+from .kinds import Kind as Kind
+from .kinds import Setup as Setup
+from .kinds import load_kind as load_kind
+from .probing import Probe as Probe
+from .probing import probe as probe
+from .progress import Progress as Progress
+from .subject import Subject as Subject
+from .subject import prepare_subject as prepare_subject

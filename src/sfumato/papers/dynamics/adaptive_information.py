@@ -1,0 +1,238 @@
+"""Does training compress hidden layers? Bins that adapt to the activity tell (Chelombiev, Houghton, O'Donnell, ICLR 2019).
+
+    compression of a layer = 1 − I(X;T) at the end / the largest I(X;T) on the way
+
+The estimators are `sfumato.probes.binned_information_bits` and its neighbours, the task is `sfumato.data.symmetric_rule_12bit`.
+This page holds the narrow networks of the paper (`network`), trains many of them in one pass (`train_together`), and what the
+paper claims: layers compress without saturating units, and more with an L2 penalty (`compression`); only the last layer's
+compression goes with generalisation (`last_layer`).
+
+>>> import torch
+>>> from sfumato.papers.dynamics.adaptive_information import network
+>>> network("relu", generator=torch.Generator().manual_seed(0))(torch.ones(5, 12)).shape
+torch.Size([5, 2])
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+from sfumato.claim import Better, Figures, Lab, claim
+from sfumato.data.symmetric_rule import symmetric_rule_12bit
+from sfumato.errors import BadSetting, nearest
+from sfumato.probes.information import InformationPlane
+
+Samples = tuple[Tensor, Tensor]
+
+
+class Unit(NamedTuple):
+    """An activation: its module, the scale of first weights, and the lower end of its range (None: where activity begins)."""
+
+    module: Callable[[], nn.Module]
+    scale: float
+    low: float | None
+
+
+class Abs(nn.Module):
+    """|x|."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return x.abs()
+
+
+UNITS = {
+    "tanh": Unit(nn.Tanh, 1.0, -1.000001),
+    "abs": Unit(Abs, 1.0, 0.0),
+    "relu": Unit(nn.ReLU, 2.0, 0.0),
+    "softplus": Unit(nn.Softplus, 2.0, 0.0),
+    "elu": Unit(nn.ELU, 2.0, -1.000001),
+    "prelu": Unit(lambda: nn.PReLU(init=0.0), 2.0, None),
+    "swish": Unit(nn.SiLU, 2.0, None),
+}
+
+HIDDEN = (10, 7, 5, 4, 3)
+
+
+def network(unit: str, widths: Sequence[int] = HIDDEN, *, generator: torch.Generator | None = None) -> nn.Sequential:
+    """12 inputs, hidden layers, 2 logits; layers are called `hidden1`, `hidden2`, ..., `output`.
+
+    Weights come from a normal distribution of deviation c / √inputs, cut at two deviations, with c = 1 or 2 by the unit.
+
+    Args:
+        unit: a key of `UNITS`.
+        widths: of the hidden layers.
+        generator: of the weights.
+
+    Raises:
+        BadSetting: an unknown unit.
+    """
+    if unit not in UNITS:
+        raise BadSetting(f"unit {unit!r} is not known; did you mean {' or '.join(nearest(unit, UNITS) or UNITS)}?")
+    module, scale, _ = UNITS[unit]
+    sizes = [12, *widths, 2]
+    linears = [nn.Linear(i, o) for i, o in pairwise(sizes)]
+    for linear in linears:
+        std = scale / linear.in_features**0.5
+        nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+        nn.init.zeros_(linear.bias)
+    hidden = {f"hidden{i + 1}": nn.Sequential(linear, module()) for i, linear in enumerate(linears[:-1])}
+    return nn.Sequential(OrderedDict[str, nn.Module](**hidden, output=linears[-1]))
+
+
+def planes(networks: Sequence[nn.Sequential], unit: str, data: Samples) -> list[InformationPlane]:
+    """One information plane for each network, with the bins of the paper; the last layer as probabilities."""
+    names = [name for name, _ in networks[0].named_children()]
+    low = dict.fromkeys(names, UNITS[unit].low) | {"output": 0.0}
+    return [InformationPlane(net, names, data, low=low, softmax=("output",)) for net in networks]
+
+
+def train_together(
+    networks: Sequence[nn.Module], data: Samples, *, at: Sequence[int], record: Callable[[int], None], l2: float | Tensor = 0.0,
+    lr: float = 4e-4, batch_size: int = 256, generator: torch.Generator | None = None,
+) -> None:  # fmt: skip
+    """Train networks of one kind in place, side by side in one pass; each as if it were alone.
+
+    Adam on cross-entropy, plus ½ `l2` Σ ‖W‖² over all weight matrices but the last.
+
+    Args:
+        networks: of the same shape; they differ in their weights.
+        data: inputs `[N, 12]` and labels `[N]`.
+        at: epochs, from 0; the last of them ends training.
+        record: called after each of these epochs, when the networks have the weights of the moment.
+        l2: one penalty for all, or `[networks]`.
+        lr: learning rate of Adam.
+        batch_size: samples a step; the last batch of an epoch is smaller.
+        generator: of the order of samples, the same for all networks.
+    """
+    x, y = data
+    template = networks[0]
+    weights, buffers = stack_module_state(list(networks))  # type: ignore[arg-type]
+    penalised = [name for name, w in weights.items() if w.dim() == 3][:-1]
+    strength = torch.as_tensor(l2, dtype=x.dtype, device=x.device).expand(len(networks))
+    optimizer = torch.optim.Adam(list(weights.values()), lr, fused=True)
+
+    def loss(state: dict[str, Tensor], state_buffers: dict[str, Tensor], strength: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+        error = F.cross_entropy(functional_call(template, (state, state_buffers), (xs,)), ys)
+        return error + strength / 2 * torch.stack([state[name].square().sum() for name in penalised]).sum()
+
+    losses = vmap(loss, in_dims=(0, 0, 0, None, None))
+    for epoch in range(max(at) + 1):
+        if epoch:
+            for rows in torch.randperm(len(x), generator=generator).split(batch_size):
+                optimizer.zero_grad()
+                losses(weights, buffers, strength, x[rows], y[rows]).sum().backward()
+                optimizer.step()
+        if epoch in at:
+            with torch.no_grad():
+                for i, net in enumerate(networks):
+                    for name, parameter in net.named_parameters():
+                        parameter.copy_(weights[name][i])
+            record(epoch)
+
+
+def epochs_to_record(last: int, count: int = 18) -> list[int]:
+    """Epochs from 0 to `last`, about `count` of them, evenly spaced in the logarithm."""
+    return sorted({0, *torch.logspace(0, 1, count - 1, base=max(last, 1)).round().long().tolist()})
+
+
+class Trained(NamedTuple):
+    """Networks after training: their information planes, and their test accuracies `[networks]`."""
+
+    planes: list[InformationPlane]
+    accuracy: Tensor
+
+    def scores(self) -> dict[str, Tensor]:
+        """Compression of each layer, `[networks]`."""
+        every = [plane.compression_score() for plane in self.planes]
+        return {name: torch.tensor([scores[name] for scores in every]) for name in every[0]}
+
+
+def trained(lab: Lab, unit: str, count: int, l2: Sequence[float] = (0.0,)) -> Trained:
+    """`count` networks from different first weights, each with every penalty in turn, on 80 % of the task; measured on all."""
+    task, generator = symmetric_rule_12bit(), lab.generator
+    assert task.label is not None
+    train, test = torch.randperm(len(task), generator=generator).split(round(0.8 * len(task)))
+    first = [network(unit, generator=generator) for _ in range(count)]
+    networks = [copy.deepcopy(net) for _ in l2 for net in first]
+    seen = planes(networks, unit, (task.x, task.label))
+
+    def record(epoch: int) -> None:
+        for plane in seen:
+            plane.record(epoch)
+
+    train_together(
+        networks, (task.x[train], task.label[train]), at=epochs_to_record(lab.steps(EPOCHS)), record=record,
+        l2=torch.tensor(l2).repeat_interleave(count), lr=LR, generator=generator,
+    )  # fmt: skip
+    with torch.no_grad():
+        right = [(net(task.x[test]).argmax(1) == task.label[test]).float().mean() for net in networks]
+    return Trained(seen, torch.stack(right))
+
+
+EPOCHS, LR, L2, NETWORKS, RUNS = 800, 4e-4, 0.015, 4, 30
+DEEP = ("hidden3", "hidden4", "hidden5")
+"""Layers narrow enough to lose anything; the ones before tell all inputs apart."""
+
+
+@claim(
+    "Units that do not saturate compress too, and an L2 penalty makes them compress more",
+    Better("compression of layers 3 to 5", "relu, L2", over="relu", by=0.1),
+    Better("compression of layer 4", "relu", over="none", by=0.1),
+    seeds=range(100, 105),
+    note="Networks 12-10-7-5-4-3-2 on the 12-bit task, 800 epochs (the paper: 8,000); each figure is a mean over four first "
+    "weights. The margins are our choice.",
+)
+def compression(lab: Lab) -> Figures:
+    """ReLU with and without the penalty from the same first weights; tanh for comparison."""
+    relu, tanh = trained(lab, "relu", NETWORKS, (0.0, L2)), trained(lab, "tanh", NETWORKS)
+    free, penalised = (Trained(relu.planes[part], relu.accuracy[part]) for part in (slice(NETWORKS), slice(NETWORKS, None)))
+    figures: Figures = {"none": {"compression of layer 4": 0.0}}
+    for arm, runs in {"relu": free, "relu, L2": penalised, "tanh": tanh}.items():
+        scores = runs.scores()
+        figures[arm] = {
+            "compression of layers 3 to 5": float(torch.stack([scores[name] for name in DEEP]).mean()),
+            **{f"compression of layer {name[-1]}": float(scores[name].mean()) for name in DEEP},
+            "compression of the output": float(scores["output"].mean()),
+            "test accuracy": float(runs.accuracy.mean()),
+        }
+        course = [[float(point.input) for point in plane.points["hidden4"]] for plane in runs.planes]
+        epochs = [epoch + 1 for epoch in runs.planes[0].epochs]
+        mean = torch.tensor(course).mean(0).tolist()
+        lab.curve(arm, epochs, mean, xlabel="epoch + 1", ylabel="I(X;T) of layer 4, bits")
+    return figures
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's, of `[N]` each; 0 where one side does not vary."""
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1].nan_to_num(0.0))
+
+
+@claim(
+    "Networks whose last layer compresses more generalise better, and no other layer tells as much",
+    Better("correlation with test accuracy", "last layer", over="none"),
+    Better("correlation with test accuracy", "last layer", over="hidden layers"),
+    seeds=range(100, 105),
+    note="30 ReLU networks that differ in their first weights, 800 epochs without a penalty (the paper: 8,000); hidden layers: "
+    "the mean over layers 3 to 5.",
+)
+def last_layer(lab: Lab) -> Figures:
+    """Pearson correlation over 30 networks of each layer's compression with test accuracy."""
+    runs = trained(lab, "relu", RUNS)
+    found = {name: correlation(scores, runs.accuracy) for name, scores in runs.scores().items()}
+    arms = {
+        "last layer": found["output"],
+        "hidden layers": sum(found[name] for name in DEEP) / len(DEEP),
+        **{f"layer {name[-1]}": found[name] for name in DEEP},
+        "none": 0.0,
+    }
+    return {arm: {"correlation with test accuracy": value} for arm, value in arms.items()}
