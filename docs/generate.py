@@ -1,4 +1,4 @@
-"""Pages that are made from facts when the site is built: one a built paper, a table of all papers, one a room of parts.
+"""Pages that are made from facts when the site is built: one a built paper, a table of all papers, one a room of parts, examples.
 
 The facts are the catalogue, the stored records and the source, read by `ast`: nothing heavy is imported. MkDocs calls the two
 hooks at the end (`hooks:` in mkdocs.yml); the rest is text in, text out.
@@ -11,6 +11,7 @@ import functools
 import html
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 SOURCE = Path(catalogue.__file__).parent.parent
-RACES = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RACES = ROOT / "benchmarks" / "results"
+EXAMPLES = ROOT / "examples"
 
 PARTS = {
     "masks": "What is hidden, and what fills the holes.",
@@ -55,6 +58,7 @@ def pages() -> dict[str, str]:
     return {
         "papers/index.md": table_page(rows),
         **{f"papers/{row.slug}.md": paper_page(row, catalogue.record(row.slug)) for row in rows if row.built},
+        "examples.md": examples_page(sorted(EXAMPLES.glob("*.py"))),
         "races.md": races_page(races()),
         "reference/index.md": reference_index(rooms),
         **{f"reference/{room}.md": reference_page(room) for room in rooms},
@@ -190,6 +194,36 @@ def family_table(family: str, rows: Iterable[Row]) -> str:
         for row in rows
     ]
     return f"## {family}\n\n{FAMILIES[family].capitalize()}.\n\n" + table(["slug", "what", "year", "kind", "verdict"], lines)
+
+
+# ---- examples
+
+
+def examples_page(scripts: Sequence[Path]) -> str:
+    """What every script shows, how to run it, and its source."""
+    told = [example(path) for path in scripts]
+    head = (
+        "# Examples\n\nShort scripts to copy and change. They use the public interface alone, need no download and take seconds on "
+        "a CPU; run them in a checkout, where they lie in `examples/`. Every one is a test of ours, too."
+    )
+    index = table(["script", "what it shows"], [[f"[{title}](#{slug(title)})", plain(first)] for title, first, _ in told])
+    return "\n\n".join([head, index, *(section for _, _, section in told)]) + "\n"
+
+
+def example(path: Path) -> tuple[str, str, str]:
+    """A script's title, the first line of its docstring, and its section: what it says of itself, then its code."""
+    source = path.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    first, run, *rest = (ast.get_docstring(tree) or "").split("\n\n")
+    body = "".join(source.splitlines(keepends=True)[tree.body[0].end_lineno :]).strip()  # the docstring is above it
+    title = path.stem.replace("_", " ").capitalize()
+    pieces = [f"## {title}", plain(first), f"```sh\n{textwrap.dedent(run)}\n```", *map(plain, rest)]
+    return title, first, "\n\n".join([*pieces, f'```python title="examples/{path.name}"\n{body}\n```'])
+
+
+def slug(title: str) -> str:
+    """The anchor of a heading of plain words."""
+    return title.lower().replace(" ", "-")
 
 
 # ---- races

@@ -1,24 +1,20 @@
-"""The documentation site: pages made from facts, commands that exist, snippets that run, and a build without a warning."""
+"""The documentation site: pages made from facts, and a build without a warning."""
 
 import dataclasses
 import importlib.util
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import typer
 
 from sfumato import catalogue
 from sfumato.catalogue import Setting
-from sfumato.engine.loading import parse_settings
 
 ROOT = Path(__file__).resolve().parents[2]
-WRITTEN = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
 BUILT = [row for row in catalogue.load().values() if row.built]
 TOOLS = ("mkdocs", "material", "mkdocstrings_handlers.python")
 
@@ -138,89 +134,34 @@ def test_every_stored_race_is_on_the_page(generate):
     assert "No results are stored." in generate.races_page([])
 
 
+def test_examples_are_shown_with_purpose_command_and_code(generate, tmp_path):
+    (tmp_path / "two_words.py").write_text(
+        '"""It shows *this*.\n\n    python examples/two_words.py\n\nMore.\n"""\n\nimport torch\n'
+    )
+    page = generate.examples_page([tmp_path / "two_words.py"])
+    assert "| [Two words](#two-words) | It shows &#42;this&#42;. |" in page
+    section = page[page.index("## Two words") :]
+    assert section == (
+        "## Two words\n\nIt shows &#42;this&#42;.\n\n```sh\npython examples/two_words.py\n```\n\nMore.\n\n"
+        '```python title="examples/two_words.py"\nimport torch\n```\n'
+    )
+
+
+def test_every_example_is_on_the_page(generate):
+    page = generate.pages()["examples.md"]
+    for path in (ROOT / "examples").glob("*.py"):
+        assert path.read_text().split('"""', 2)[2].strip() in page, "the whole code below the docstring"
+
+
 def test_generator_needs_no_torch():
     code = f"import sys, runpy; runpy.run_path({str(ROOT / 'docs/generate.py')!r})['pages'](); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def commands():
-    for page in WRITTEN:
-        for block in re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-            yield from ((page.name, line) for line in block.replace("\\\n", "").splitlines())
-    for row in BUILT:
-        yield from ((row.slug, line) for line in row.run)
-
-
-COMMANDS = [(where, line) for where, line in commands() if re.match(r"(torchrun .* -m )?sfumato ", line)]
-
-
-@pytest.mark.parametrize(("where", "line"), COMMANDS, ids=[f"{where}: {line}" for where, line in COMMANDS])
-def test_commands_in_the_docs_are_commands(where, line):
-    """Every word and option is known: the command line is parsed as the real one, but not run."""
-    from sfumato.cli.app import app
-
-    words = shlex.split(line, comments=True)
-    words, command, context = words[words.index("sfumato") + 1 :], typer.main.get_command(app), None
-    while hasattr(command, "resolve_command"):
-        context = command.make_context(command.name, words, parent=context)
-        words = [*context._protected_args, *context.args]
-        if not words:
-            return
-        _, command, words = command.resolve_command(context, words)
-    context = command.make_context(command.name, words, parent=context)
-    if context.command.name in ("show", "train", "reproduce"):
-        for slug in [context.params.get("slug") or context.params.get("slugs") or []]:
-            for name in [slug] if isinstance(slug, str) else slug:
-                assert name == "SLUG" or catalogue.find(name)
-    if context.command.name == "compare":
-        from sfumato.engine.comparison import resolve
-
-        assert resolve(context.params["arms"], parse_settings(context.params["set_"] or []))
 
 
 def test_the_verdicts_in_the_readme_are_those_of_the_records():
     told = set(re.findall(r"^\| `([\w-]+)`: (.*) \| ([a-z ]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
     stored = {row.slug: catalogue.record(row.slug) for row in BUILT}
     assert told == {(slug, c["statement"], c["verdict"]) for slug, r in stored.items() if r for c in r["claims"]}
-
-
-@pytest.mark.parametrize("page", ["docs/index.md", "docs/tasks.md", "README.md"])
-def test_python_in_the_docs_runs(page, tmp_path, monkeypatch):
-    import numpy as np
-    from timm.models.vision_transformer import VisionTransformer
-
-    from sfumato.nn import MaskedViTEncoder
-
-    monkeypatch.chdir(tmp_path)
-    np.savez("embeddings.npz", names=np.array(["a", "b", "c"]), features=np.array([[1.0, 0], [0, 1], [2, 1]]))
-    export(MaskedViTEncoder(32, 8, 3, dim=16, depth=1, heads=2))
-    space: dict = {}
-    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
-        exec(block, space)
-    if page == "docs/tasks.md":
-        assert space["nearest"].tolist() == ["a", "c", "b"]
-        assert isinstance(space["vit"], VisionTransformer)
-        assert float(space["loss"]) < float(space["y"].square().mean())
-        assert space["sharpest"] > 0
-        assert Path("curvature.html").is_file()
-        assert [row["arm"] for row in space["done"].table] == ["optimizer=adam", "optimizer=sgd"]
-    else:
-        assert space["hidden"].sum(1).tolist() == [147] * 8
-
-
-def export(encoder) -> None:
-    """What `sfumato export --timm` writes, from the command itself."""
-    import torch
-
-    from sfumato.cli import export as work
-
-    class Exportable(torch.nn.Module):
-        def timm_weights(self):
-            return encoder.timm_weights()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work, "load", lambda run: Exportable())
-        work.export(Path("RUN"), timm=Path("vit.safetensors"), weights=None, hub=None)
 
 
 @pytest.mark.slow

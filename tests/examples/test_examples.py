@@ -114,6 +114,3 @@ def test_example_says_how_to_run_it_and_uses_the_public_interface(path, capsys):
         main(["--help"])
     assert ended.value.code == 0
     assert docstring.partition("\n")[0] in capsys.readouterr().out
-    for line in re.findall(rf"^    python examples/{path.name} (.+)$", docstring, re.MULTILINE):
-        options = set(re.findall(r"--[a-z-]+", line))
-        assert options <= set(re.findall(r"--[a-z-]+", path.read_text().split('"""', 2)[2])), "options that exist"
