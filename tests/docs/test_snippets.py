@@ -137,13 +137,14 @@ def check_sfumato(words):
     if name == "compare":
         from sfumato.engine.comparison import resolve
 
-        assert resolve(given["arms"], settings)
+        for arm in resolve(given["arms"], settings)[0]:
+            configure(catalogue.load_method(arm.slug).Config, "small", dict(arm.settings))
     if name == "probe" and given.get("kind") not in (None, "KIND"):
         from sfumato.instruments.kinds import load_kind
 
         assert set(settings) <= set(load_kind(given["kind"]).settings.model_fields)
     if name == "apply":
-        assert given["do"] in (None, "restore", "encode", "predict")
+        assert given["do"] in (None, "restore", "encode", "predict", "search")
     place = r"sample:(photos|digits|faces|video)|(arrays|pairs|hf|wds):\S+|[^:]+"
     assert re.fullmatch(place, given.get("data") or "none"), "a place that `open_data` knows"
 
