@@ -164,7 +164,7 @@ def _earlier(subject: Subject) -> list[Path]:
 
 def _measured(subject: Subject, name: str, data: Any) -> dict[str, Any]:
     """Everything of one model, in two readings of the data."""
-    weight = subject.module.get_submodule(name).weight.detach().cpu().double()
+    weight = subject.module.get_parameter(f"{name}.weight".lstrip(".")).detach().cpu().double()
     stats = pooled_stats(class_stats(f, y, classes=len(weight)) for f, y, _ in _features(subject, name, data))
     there = stats.counts > 0
     centred = stats.means - stats.mean
@@ -184,7 +184,7 @@ def _measured(subject: Subject, name: str, data: Any) -> dict[str, Any]:
         "accuracy": accuracy,
         "nearest_mean_agreement": agreement,
         **_frames(weight[there], stats.means[there], stats.mean),
-        "cosines": cosines[tuple(torch.triu_indices(*cosines.shape, 1))],
+        "cosines": cosines[tuple(torch.triu_indices(len(cosines), len(cosines), 1))],
         "by class": {
             "class": there.nonzero()[:, 0],
             "samples": stats.counts[there],
@@ -193,6 +193,7 @@ def _measured(subject: Subject, name: str, data: Any) -> dict[str, Any]:
             "row": weight.norm(dim=1)[there],
         },
         "dimension": weight.shape[1],
+        "outputs": len(weight),
     }
 
 
@@ -260,7 +261,7 @@ def _findings(subject: Subject, name: str, found: dict[str, Any]) -> Findings:
         sections.insert(0, _over_steps(found["checkpoints"]))
     notes = [*subject.eval_note, f"features are what the layer {name or 'of the model'} reads: {found['dimension']:,} numbers"]
     counts = found["by class"]["samples"]
-    if len(counts) < len(subject.module.get_submodule(name).weight):
+    if len(counts) < found["outputs"]:
         notes.append(f"only the {len(counts)} classes that have samples are compared")
     if counts.min() < counts.max():
         notes.append(
