@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -159,16 +159,12 @@ def _earlier(subject: Subject) -> list[Path]:
     return checkpoint.listing(Run.open(folder).checkpoints)[:-1]
 
 
-def _last_layer(subject: Subject, name: str) -> nn.Linear:
-    return cast(nn.Linear, subject.module.get_submodule(name))
-
-
 # Figures
 
 
 def _measured(subject: Subject, name: str, data: Any) -> dict[str, Any]:
     """Everything of one model, in two readings of the data."""
-    weight = _last_layer(subject, name).weight.detach().cpu().double()
+    weight = subject.module.get_parameter(f"{name}.weight".lstrip(".")).detach().cpu().double()
     stats = pooled_stats(class_stats(f, y, classes=len(weight)) for f, y, _ in _features(subject, name, data))
     there = stats.counts > 0
     centred = stats.means - stats.mean
@@ -197,6 +193,7 @@ def _measured(subject: Subject, name: str, data: Any) -> dict[str, Any]:
             "row": weight.norm(dim=1)[there],
         },
         "dimension": weight.shape[1],
+        "outputs": len(weight),
     }
 
 
@@ -264,7 +261,7 @@ def _findings(subject: Subject, name: str, found: dict[str, Any]) -> Findings:
         sections.insert(0, _over_steps(found["checkpoints"]))
     notes = [*subject.eval_note, f"features are what the layer {name or 'of the model'} reads: {found['dimension']:,} numbers"]
     counts = found["by class"]["samples"]
-    if len(counts) < _last_layer(subject, name).out_features:
+    if len(counts) < found["outputs"]:
         notes.append(f"only the {len(counts)} classes that have samples are compared")
     if counts.min() < counts.max():
         notes.append(

@@ -177,9 +177,8 @@ def _words(numbers: Mapping[str, Any], settings: Settings, lead: float) -> str:
     else:
         words = ["Far from the edge: no softmax collapses in any of these formats."]
     if "float32" not in over and 0 < lead < EDGES["float32"]:
-        words.append(
-            f"In float32 half of the samples collapse once logits are about {EDGES['float32'] / lead:.2g} times as large."
-        )
+        times = EDGES["float32"] / lead
+        words.append(f"In float32 half of the samples collapse once logits are {times:,.{int(times < 10)}f} times as large.")
     if "alignment" in numbers:
         cosine = numbers["alignment"]["all"]
         if not numbers["gradient_norm"]:
