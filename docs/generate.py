@@ -203,8 +203,9 @@ def examples_page(scripts: Sequence[Path]) -> str:
     """What every script shows, how to run it, and its source."""
     told = [example(path) for path in scripts]
     head = (
-        "# Examples\n\nShort scripts to copy and change. They use the public interface alone, need no download and take seconds on "
-        "a CPU; run them in a checkout, where they lie in `examples/`. Every one is a test of ours, too."
+        "---\nhide: [navigation]\n---\n\n# Examples\n\n"
+        "Short scripts to copy and change. They use the public interface alone, need no download and take seconds "
+        "on a CPU; run them in a checkout, where they lie in `examples/`. Every one is a test of ours, too."
     )
     index = table(["script", "what it shows"], [[f"[{title}](#{slug(title)})", plain(first)] for title, first, _ in told])
     return "\n\n".join([head, index, *(section for _, _, section in told)]) + "\n"
