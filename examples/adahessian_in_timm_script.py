@@ -4,7 +4,8 @@
     python examples/adahessian_in_timm_script.py --model resnet18 --epochs 20
 
 Two lines differ from a script with AdamW: the optimizer is built from `sfumato.optim`, and its step takes a closure that returns
-the loss, without `backward()`, because AdaHessian differentiates twice. A step costs two to three times one of AdamW.
+the loss, without `backward()`, because AdaHessian differentiates twice. A step costs a
+Hessian-vector product more than one of AdamW.
 """
 
 from __future__ import annotations
