@@ -94,7 +94,7 @@ class LinearisedModel(nn.Module):
             result: Tensor = functional_call(self.start, theta, inputs, keywords)
             return result
 
-        value, change = jvp(outputs, (first,), (moved,))
+        value, change = jvp(outputs, (first,), (moved,))  # type: ignore[misc]
         return value + change
 
 

@@ -225,8 +225,8 @@ def grok_time(
     curves = [torch.as_tensor(c, dtype=torch.float64) for c in (train_curve, test_curve)]
     if curves[0].shape != curves[1].shape:
         raise BadData(f"both curves have one entry a time, these have {len(curves[0])} and {len(curves[1])}")
-    first = [float((c < level).nonzero()[0, 0]) * every if (c < level).any() else math.inf for c in curves]
-    return GrokTime(*first, delay=math.inf if math.isinf(first[1]) else first[1] - first[0])
+    train, test = (float((c < level).nonzero()[0, 0]) * every if (c < level).any() else math.inf for c in curves)
+    return GrokTime(train, test, math.inf if math.isinf(test) else test - train)
 
 
 # The experiment: 30 dimensions, 165 samples, 100 units, c = 1/2.
