@@ -40,15 +40,15 @@ def test_noise_of_a_linear_model_is_the_closed_form():
     z = torch.randn(8, 5, dtype=torch.float64, generator=seeded(1))
     unit = z / z.norm(dim=1, keepdim=True)
     expected = (apart @ unit.T).square().sum((0, 1)).mean() / (len(x) - 1) / effective_batch(batch, len(x))
-    found = hessian_noise(model, half_squares, data, batch=batch, batches=80, noise=z, generator=seeded(2))
+    found = hessian_noise(model, half_squares, data, batch=batch, batches=48, noise=z, generator=seeded(2))
     spread = (found.value - expected).abs()
     assert spread < 3 * found.stderr
     assert spread < 0.3 * expected
-    assert found.samples == 640
-    free = hessian_noise(model, half_squares, data, batch=batch, batches=40, probes=64, generator=seeded(3))
+    assert found.samples == 384
+    free = hessian_noise(model, half_squares, data, batch=batch, batches=24, probes=32, generator=seeded(3))
     everywhere = apart.square().sum() / 5 / (len(x) - 1) / effective_batch(batch, len(x))
     assert (free.value - everywhere).abs() < 3 * free.stderr
-    assert free.stderr < 0.2 * everywhere
+    assert free.stderr < 0.3 * everywhere
 
 
 def test_noise_on_given_batches_and_its_edge():

@@ -94,7 +94,6 @@ class LinearisedModel(nn.Module):
             result: Tensor = functional_call(self.start, theta, inputs, keywords)
             return result
 
-        value: Tensor
         value, change = jvp(outputs, (first,), (moved,))  # type: ignore[misc]
         return value + change
 

@@ -259,7 +259,7 @@ def spectrum(lab: Lab) -> Figures:
     Better("share of the rise", "theory", over="half of it"),
     seeds=range(100, 105),
     note="For batches of 16. The formula takes noise that is equal in all directions. That of a small classifier is not: v is "
-    "small along random directions, while the noise's own largest eigenvalue, many times 2√v, is as large as the rise.",
+    "small along random directions, while the noise's own largest eigenvalue, which would be 2√v, is some thirty times that.",
 )
 def magnitude(lab: Lab) -> Figures:
     """The rise of the largest eigenvalue as the theory has it, over the measured one; and the edge of the noise beside 2√v."""
@@ -339,8 +339,9 @@ def rates(lab: Lab) -> Figures:
     Better("distance from its law", "sgd", over="an eighth", higher=False),
     Better("distance from its law", "adam", over="an eighth", higher=False),
     seeds=range(100, 105),
-    note="Batches from 2 to 16, where rates still grow at this size. The noise of a small classifier is held by few directions, "
-    "and soon saturates (see `magnitude`): telling a power of 1 from a power of 1/2 takes networks at full scale.",
+    note="Batches from 2 to 16, where rates still grow at this size; mean powers on the development seeds were 0.48 for SGD and "
+    "0.61 for Adam. The noise of a small classifier is held by few directions and does not rule for long (see `magnitude`): the "
+    "linear law of SGD did not show.",
 )
 def laws(lab: Lab) -> Figures:
     """The power of the batch from 2 to 16, and how far it is from 1 and from 1/2."""

@@ -226,7 +226,7 @@ def grok_time(
     if curves[0].shape != curves[1].shape:
         raise BadData(f"both curves have one entry a time, these have {len(curves[0])} and {len(curves[1])}")
     train, test = (float((c < level).nonzero()[0, 0]) * every if (c < level).any() else math.inf for c in curves)
-    return GrokTime(train, test, delay=math.inf if math.isinf(test) else test - train)
+    return GrokTime(train, test, math.inf if math.isinf(test) else test - train)
 
 
 # The experiment: 30 dimensions, 165 samples, 100 units, c = 1/2.
