@@ -73,18 +73,40 @@ def test_an_unknown_unit_is_refused():
         page.network("rellu")
 
 
+def test_penalty_in_small(monkeypatch):
+    monkeypatch.setattr(page, "NETWORKS", 2)
+    monkeypatch.setattr(page, "LR", 0.01)
+    monkeypatch.setattr(page, "L2", 0.05)
+    lab = Lab(0, budget=0.02)
+    figures = page.penalty(lab)
+    layers = "compression of layers 3 to 5"
+    assert figures["relu, L2"][layers] > figures["relu"][layers] + 0.1
+    assert all(f["test accuracy"] > 0.7 for f in figures.values())
+    assert all(curve["y"][0] <= 12 for curve in lab.curves)
+
+
 def test_compression_in_small(monkeypatch):
     monkeypatch.setattr(page, "NETWORKS", 1)
-    monkeypatch.setattr(page, "LR", 0.03)
-    monkeypatch.setattr(page, "L2", 0.5)  # the penalty empties the narrow layers in a few epochs
-    lab = Lab(0, budget=0.012)
-    figures = page.compression(lab)
-    assert set(figures) == {"none", "relu", "relu, L2", "tanh"}
-    layers = "compression of layers 3 to 5"
-    assert figures["relu, L2"][layers] > figures["relu"][layers] + 0.2
-    assert figures["relu"]["test accuracy"] > 0.7
-    assert len(lab.curves) == 3
-    assert all(0 < bits <= 12 for curve in lab.curves for bits in curve["y"][:1])
+    figures = page.compression(Lab(0, budget=0.003))
+    assert set(figures) == {"none", "relu", "tanh"}
+    assert all(0 <= value <= 1 for arm in figures.values() for value in arm.values())
+
+
+def test_networks_that_learned_nothing_do_not_count():
+    task = symmetric_rule_12bit()
+    nets = [page.network("relu", generator=generator(seed)) for seed in range(2)]
+    seen = page.planes(nets, "relu", (task.x, task.label))
+    for epoch in range(2):
+        for plane in seen:
+            plane.record(epoch)
+        for p in nets[1].hidden4.parameters():  # dies
+            nn.init.zeros_(p)
+    runs = page.Trained(seen, torch.tensor([0.9, 0.5]))
+    assert runs.scores()["hidden4"].tolist() == [0.0, 1.0]
+    figures = runs.figures()
+    assert figures["compression of layer 4"] == 0.0
+    assert figures["test accuracy"] == pytest.approx(0.9)
+    assert figures["share that learned"] == 0.5
 
 
 def test_last_layer_in_small(monkeypatch):
@@ -95,7 +117,8 @@ def test_last_layer_in_small(monkeypatch):
 
 
 @pytest.mark.slow
-def test_early_layers_tell_all_inputs_apart_and_relu_compresses():
-    scores = page.trained(Lab(0), "relu", 2).scores()
+def test_early_layers_tell_all_inputs_apart_and_narrow_ones_do_not():
+    runs = page.trained(Lab(0), "relu", 2, (0.0, page.L2))
+    scores = runs.scores()
     assert (scores["hidden1"] == 0).all()
-    assert float(scores["hidden4"].mean()) > 0.1
+    assert (scores["hidden4"][2:] > scores["hidden4"][:2] + 0.1).all()
