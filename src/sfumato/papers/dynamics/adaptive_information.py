@@ -164,7 +164,7 @@ class Trained(NamedTuple):
         """Means over the networks that learned something."""
         scores, learnt = self.scores(), self.learnt()
         found = {f"compression of layer {name[-1]}": scores[name] for name in DEEP}
-        found = {"compression of layers 3 to 5": sum(found.values()) / len(found), **found, "test accuracy": self.accuracy}
+        found = {"compression of layers 3 to 5": torch.stack(list(found.values())).mean(0), **found, "test accuracy": self.accuracy}
         means = {name: float(values[learnt].mean().nan_to_num(0.0)) for name, values in found.items()}
         return {**means, "share that learned": float(learnt.float().mean())}
 
