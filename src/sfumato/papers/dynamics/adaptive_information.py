@@ -164,7 +164,8 @@ class Trained(NamedTuple):
         """Means over the networks that learned something."""
         scores, learnt = self.scores(), self.learnt()
         found = {f"compression of layer {name[-1]}": scores[name] for name in DEEP}
-        found = {"compression of layers 3 to 5": torch.stack(list(found.values())).mean(0), **found, "test accuracy": self.accuracy}
+        deep = torch.stack(list(found.values())).mean(0)
+        found = {"compression of layers 3 to 5": deep, **found, "test accuracy": self.accuracy}
         means = {name: float(values[learnt].mean().nan_to_num(0.0)) for name, values in found.items()}
         return {**means, "share that learned": float(learnt.float().mean())}
 
