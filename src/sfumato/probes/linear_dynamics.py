@@ -183,9 +183,7 @@ def exact_gradient_flow(x: Tensor, y: Tensor, first: Tensor, t: Numbers) -> Tens
         BadData: shapes that do not belong together.
     """
     if x.ndim != 2 or y.shape != x.shape[:1] or first.shape != x.shape[1:]:
-        raise BadData(
-            f"x is [P, N], y [P], first [N]; these are {list(x.shape)}, {list(y.shape)} and {list(first.shape)}"
-        )
+        raise BadData(f"x is [P, N], y [P], first [N]; these are {list(x.shape)}, {list(y.shape)} and {list(first.shape)}")
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     seen = s > _tolerance(s, x)
     u, s, vh = u[:, seen], s[seen], vh[seen]
