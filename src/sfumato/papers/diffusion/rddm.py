@@ -504,8 +504,8 @@ def low_light(lab: Lab) -> Figures:
     Better("PSNR", "RDDM, 5 steps", over="DDIM, 50 steps"),
     seeds=range(100, 105),
     note="A check that the paper does not make. Seen on the development seeds: what the network predicts matters more than where "
-    "the chain begins. Told to predict the clean picture (squared error), diffusion from pure noise does better than residual "
-    "diffusion in 5 steps; in 2 steps residual diffusion is as good.",
+    "the chain begins. Told to predict the clean picture (squared error), diffusion from pure noise is about 1 dB above residual "
+    "diffusion in 5 steps and in 50; both are above every diffusion that predicts noise.",
 )
 def without_noise_prediction(lab: Lab) -> Figures:
     """The stronger form of both."""
@@ -517,17 +517,17 @@ def _compare(lab: Lab, arms: dict[str, tuple[type[RDDM], ResidualObjective]]) ->
     train, test = digits(train=1500, seed=lab.seed)
     generator = lab.generator
     pairs = Batch(degrade(train.x, **_LOW_LIGHT, generator=generator), train.index, target=train.x)
-    dark, counts = degrade(test.x, **_LOW_LIGHT, generator=generator), (1, 2, 5, 50)
+    dark, counts = degrade(test.x, **_LOW_LIGHT, generator=generator), (2, 5, 10, 50)
     figures: Figures = {"degraded": {"PSNR": psnr(dark, test.x).mean().item()}}
     shown = [dark[:8]]
     for name, (kind, objective) in arms.items():
         torch.manual_seed(lab.seed)  # all arms begin at the same weights, as far as their shapes are the same
         method = lab.fit(kind(RDDM.Config(**{**_TINY, "objective": objective})), pairs, steps=lab.steps(400))
-        restored = {k: method.restore(dark, steps=k).detach() for k in ((1,) if kind is _Direct else counts)}
+        restored = {k: method.restore(dark, steps=k).detach() for k in ((5,) if kind is _Direct else counts)}
         values = {k: psnr(x, test.x).mean().item() for k, x in restored.items()}
-        shown.append(restored.get(5, restored[1])[:8])
-        if len(values) == 1:
-            figures[name] = {"PSNR": values[1]}
+        shown.append(restored[5][:8])
+        if kind is _Direct:  # one call, whatever the number of steps
+            figures[name] = {"PSNR": values[5]}
             continue
         figures |= {f"{name}, {k} steps": {"PSNR": values[k]} for k in (2, 5, 50)}
         lab.curve(name, list(values), list(values.values()), xlabel="network calls", ylabel="PSNR (dB)")
