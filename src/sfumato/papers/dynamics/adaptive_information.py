@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
 
 from sfumato.claim import Better, Figures, Lab, claim
 from sfumato.data.symmetric_rule import symmetric_rule_12bit
@@ -62,6 +61,9 @@ UNITS = {
 
 HIDDEN = (10, 7, 5, 4, 3)
 
+DEEP = ("hidden3", "hidden4", "hidden5")
+"""Layers narrow enough to lose anything; the ones before tell nearly all inputs apart."""
+
 
 def network(unit: str, widths: Sequence[int] = HIDDEN, *, generator: torch.Generator | None = None) -> nn.Sequential:
     """12 inputs, hidden layers, 2 logits; layers are called `hidden1`, `hidden2`, ..., `output`.
@@ -90,22 +92,22 @@ def network(unit: str, widths: Sequence[int] = HIDDEN, *, generator: torch.Gener
 
 
 def planes(networks: Sequence[nn.Sequential], unit: str, data: Samples) -> list[InformationPlane]:
-    """One information plane for each network, with the bins of the paper; the last layer as probabilities."""
-    names = [name for name, _ in networks[0].named_children()]
+    """One information plane for each network, with the bins of the paper, of its narrow layers; the last as probabilities."""
+    names = [*DEEP, "output"]
     low = dict.fromkeys(names, UNITS[unit].low) | {"output": 0.0}
     return [InformationPlane(net, names, data, low=low, softmax=("output",)) for net in networks]
 
 
 def train_together(
-    networks: Sequence[nn.Module], data: Samples, *, at: Sequence[int], record: Callable[[int], None], l2: float | Tensor = 0.0,
-    lr: float = 4e-4, batch_size: int = 256, generator: torch.Generator | None = None,
+    networks: Sequence[nn.Sequential], data: Samples, *, at: Sequence[int], record: Callable[[int], None],
+    l2: float | Tensor = 0.0, lr: float = 4e-4, batch_size: int = 256, generator: torch.Generator | None = None,
 ) -> None:  # fmt: skip
-    """Train networks of one kind in place, side by side in one pass; each as if it were alone.
+    """Train networks in place, side by side in one pass; each as if it were alone.
 
     Adam on cross-entropy, plus ½ `l2` Σ ‖W‖² over all weight matrices but the last.
 
     Args:
-        networks: of the same shape; they differ in their weights.
+        networks: of `network`, with the same unit and widths; they differ in their weights.
         data: inputs `[N, 12]` and labels `[N]`.
         at: epochs, from 0; the last of them ends training.
         record: called after each of these epochs, when the networks have the weights of the moment.
@@ -115,29 +117,39 @@ def train_together(
         generator: of the order of samples, the same for all networks.
     """
     x, y = data
-    template = networks[0]
-    weights, buffers = stack_module_state(list(networks))  # type: ignore[arg-type]
-    penalised = [name for name, w in weights.items() if w.dim() == 3][:-1]
+    states = [dict(net.named_parameters()) for net in networks]
+    stacked = {name: torch.stack([s[name].detach() for s in states]).requires_grad_() for name in states[0]}
+    penalised = [w for w in stacked.values() if w.dim() == 3][:-1]
     strength = torch.as_tensor(l2, dtype=x.dtype, device=x.device).expand(len(networks))
-    optimizer = torch.optim.Adam(list(weights.values()), lr, fused=True)
-
-    def loss(state: dict[str, Tensor], state_buffers: dict[str, Tensor], strength: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-        error = F.cross_entropy(functional_call(template, (state, state_buffers), (xs,)), ys)
-        return error + strength / 2 * torch.stack([state[name].square().sum() for name in penalised]).sum()
-
-    losses = vmap(loss, in_dims=(0, 0, 0, None, None))
+    optimizer = torch.optim.Adam(list(stacked.values()), lr, fused=True)
     for epoch in range(max(at) + 1):
         if epoch:
             for rows in torch.randperm(len(x), generator=generator).split(batch_size):
                 optimizer.zero_grad()
-                losses(weights, buffers, strength, x[rows], y[rows]).sum().backward()
+                logits = _logits_of_all(networks[0], stacked, x[rows])
+                error = F.cross_entropy(logits.flatten(0, 1), y[rows].repeat(len(networks))) * len(networks)
+                squares = torch.stack([w.square().sum((1, 2)) for w in penalised]).sum(0)
+                (error + (strength * squares).sum() / 2).backward()
                 optimizer.step()
         if epoch in at:
             with torch.no_grad():
-                for i, net in enumerate(networks):
-                    for name, parameter in net.named_parameters():
-                        parameter.copy_(weights[name][i])
+                for i, state in enumerate(states):
+                    for name, parameter in state.items():
+                        parameter.copy_(stacked[name][i])
             record(epoch)
+
+
+def _logits_of_all(template: nn.Sequential, stacked: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Logits `[networks, B, 2]` of networks like `template` with parameters `[networks, ...]`."""
+    h = x.expand(len(next(iter(stacked.values()))), -1, -1)
+    for name, module in template.named_modules():
+        if isinstance(module, nn.Linear):
+            h = torch.baddbmm(stacked[f"{name}.bias"][:, None], h, stacked[f"{name}.weight"].mT)
+        elif isinstance(module, nn.PReLU):
+            h = h.clamp(min=0) + stacked[f"{name}.weight"][:, None] * h.clamp(max=0)
+        elif not isinstance(module, nn.Sequential):
+            h = module(h)
+    return h
 
 
 def epochs_to_record(last: int, count: int = 18) -> list[int]:
@@ -200,14 +212,12 @@ def trained(lab: Lab, unit: str, count: int, l2: Sequence[float] = (0.0,)) -> Tr
 
 
 EPOCHS, LR, L2, NETWORKS, RUNS = 800, 4e-4, 0.015, 4, 30
-DEEP = ("hidden3", "hidden4", "hidden5")
-"""Layers narrow enough to lose anything; the ones before tell all inputs apart."""
 
 
 @claim(
     "An L2 penalty makes hidden layers compress more",
     Better("compression of layers 3 to 5", "relu, L2", over="relu", by=0.1),
-    seeds=range(100, 105),
+    seeds=range(200, 205),
     note="Networks 12-10-7-5-4-3-2 on the 12-bit task, 800 epochs (the paper: 8,000); means over four first weights, the same "
     "with and without the penalty. The margin is our choice.",
 )
@@ -224,8 +234,9 @@ def penalty(lab: Lab) -> Figures:
 @claim(
     "Units that do not saturate compress too, without any penalty",
     Better("compression of layer 4", "relu", over="none", by=0.1),
-    seeds=range(100, 105),
-    note="The same networks, four of each unit; tanh, which saturates, for comparison. The margin is our choice.",
+    seeds=range(200, 205),
+    note="The same networks, four of each unit; tanh, which saturates, for comparison. The margin is our choice. On the "
+    "development seeds layer 4 lost 2 to 10 % of its bits with ReLU, 5 to 18 % with tanh.",
 )
 def compression(lab: Lab) -> Figures:
     """ReLU and tanh without a penalty."""
@@ -248,10 +259,10 @@ def correlation(a: Tensor, b: Tensor) -> float:
     "Networks whose last layer compresses more generalise better, and no other layer tells as much",
     Better("correlation with test accuracy", "last layer", over="none"),
     Better("correlation with test accuracy", "last layer", over="hidden layers"),
-    seeds=range(100, 105),
+    seeds=range(200, 205),
     note="30 ReLU networks that differ in their first weights, 800 epochs without a penalty (the paper: 8,000); hidden layers: "
-    "the mean over layers 3 to 5. Networks that learned nothing, one or two of 30 on the development seeds, are left out: they "
-    "compress all and answer at chance, and would turn the correlation of the last layer to about -0.9.",
+    "the mean over layers 3 to 5. Networks that learned nothing, up to two of 30 on the development seeds, are left out: "
+    "they answer at chance, and would decide the correlation alone (about -0.9 where they died during training).",
 )
 def last_layer(lab: Lab) -> Figures:
     """Pearson correlation over networks of each layer's compression with test accuracy."""
