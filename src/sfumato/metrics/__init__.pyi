@@ -3,6 +3,7 @@ from .frechet import Moments as Moments
 from .frechet import PatchGaussian as PatchGaussian
 from .frechet import frechet_distance as frechet_distance
 from .frechet import frechet_features as frechet_features
+from .restoration import psnr as psnr
 from .spectrum import band_energy as band_energy
 from .spectrum import radial_spectrum as radial_spectrum
 from .two_sample import PrecisionRecall as PrecisionRecall

@@ -37,6 +37,7 @@ from .psd_sqrt import psd_power as psd_power
 from .toy_mlp import ToyDenoiser as ToyDenoiser
 from .trace_of_jacobian import divergence as divergence
 from .trace_of_jacobian import draw_probes as draw_probes
+from .two_head_unet import TwoHeadUNet as TwoHeadUNet
 from .unet import small_unet as small_unet
 from .unet import unet_decode as unet_decode
 from .unet import unet_encode as unet_encode

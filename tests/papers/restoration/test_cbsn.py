@@ -10,6 +10,7 @@ from sfumato.data import photo_crops
 from sfumato.engine import Lab, fit
 from sfumato.errors import BadSetting
 from sfumato.method import Batch, Context, Restorer
+from sfumato.metrics import psnr
 from sfumato.nn import ConditionalBlindSpotNet, random_subsample_index, reflect_pad, space_to_batch, subsample
 from sfumato.papers.restoration.cbsn import (
     CBSN,
@@ -19,7 +20,6 @@ from sfumato.papers.restoration.cbsn import (
     denoise,
     local_statistics,
     normalise,
-    psnr,
 )
 from sfumato.physics import correlated_noise
 from sfumato.probes import blindness

@@ -14,6 +14,7 @@ from sfumato.cli.demo.classical import tuned_nl_means, tuned_wavelet
 from sfumato.data import photos, read_image, write_image
 from sfumato.engine import Run, Trainer, build
 from sfumato.engine.loop import Options, as_data
+from sfumato.metrics import psnr
 from sfumato.papers.restoration.cbsn import CBSN
 from sfumato.physics import correlated_noise
 
@@ -57,8 +58,10 @@ def act(page: Any, photo: Path | None, out: Path, pace: float, seed: int) -> Non
     )
     page.slider(noisy, restored, labels=("noisy", ""), reference=clean, reference_label="the clean photograph",
                 caption="Drag the divider; choose a restoration above.")  # fmt: skip
-    rows = [["noisy", psnr(noisy, clean), ssim(noisy, clean), "-", ""]]
-    rows += [[n, psnr(x, clean), ssim(x, clean), f"{seconds[n]:.0f} s", settings[n]] for n, x in restored.items()]
+    rows = [["noisy", float(psnr(noisy[None], clean[None])), ssim(noisy, clean), "-", ""]]
+    rows += [
+        [n, float(psnr(x[None], clean[None])), ssim(x, clean), f"{seconds[n]:.0f} s", settings[n]] for n, x in restored.items()
+    ]
     page.table(rows, columns=["", "PSNR (dB)", "SSIM", "time", "settings"], highlight={"PSNR (dB)": "max", "SSIM": "max"})
     top, left, side = detail(clean)
     cut = (slice(None), slice(top, top + side), slice(left, left + side))
@@ -110,11 +113,6 @@ def detail(clean: Tensor, side: int = 128) -> tuple[int, int, int]:
     sums = torch.nn.functional.avg_pool2d(energy[None, None], side, stride=8)[0, 0]
     row, col = divmod(int(sums.argmax()), sums.shape[1])
     return 8 * row, 8 * col, side
-
-
-def psnr(x: Tensor, clean: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, peak 1."""
-    return float(-10 * (x - clean).square().mean().log10())
 
 
 def ssim(x: Tensor, clean: Tensor) -> float:

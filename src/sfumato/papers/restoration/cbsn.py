@@ -34,6 +34,7 @@ from typing_extensions import Self
 from sfumato.claim import Better, Figures, Lab, claim
 from sfumato.errors import BadSetting
 from sfumato.method import Batch, Context, Loss, Method, MethodConfig, Result, Step
+from sfumato.metrics import psnr
 from sfumato.nn import (
     ConditionalBlindSpotNet,
     batch_to_space,
@@ -279,11 +280,6 @@ class CBSN(Method):
         """Mean PSNR in dB against the clean pictures, where the data has them."""
         values = [psnr(self.restore(b.x), b.target) for b in batches if b.target is not None]
         return {"psnr": torch.cat(values).mean().item()} if values else {}
-
-
-def psnr(x: Tensor, clean: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB, peak 1: `[B]`."""
-    return -10 * (x - clean).square().mean((1, 2, 3)).log10()
 
 
 def correlated_photos(sigma: float, kernel: Tensor, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
