@@ -25,6 +25,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+ENOUGH_SEEDS = 5
+"""With fewer, no verdict is given."""
+
 Figures = dict[str, dict[str, float]]
 """One seed's outcome: `{arm: {metric: value}}`."""
 
@@ -170,7 +173,7 @@ def _find(condition: Condition, figures: Sequence[Figures]) -> Finding:
         held = bool(figures) and all(condition.fn(f) for f in figures)
         return Finding(str(condition), Verdict.REPRODUCED if held else Verdict.NOT_REPRODUCED)
     interval = paired_interval([condition.difference(f) for f in figures])
-    if len(figures) < 5:
+    if len(figures) < ENOUGH_SEEDS:
         verdict = Verdict.INCONCLUSIVE
     elif interval.low > 0 and interval.mean >= condition.by:
         verdict = Verdict.REPRODUCED

@@ -135,7 +135,7 @@ def check_sfumato(words):
     if name == "train" and settings:
         configure(catalogue.load_method(slugs[0]).Config, "small", settings)
     if name == "compare":
-        from sfumato.engine.comparison import resolve
+        from sfumato.engine.arms import resolve
 
         for arm in resolve(given["arms"], settings)[0]:
             configure(catalogue.load_method(arm.slug).Config, "small", dict(arm.settings))

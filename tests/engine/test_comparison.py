@@ -1,13 +1,20 @@
 """Arms, pairing, intervals, going on after a stop, and what is refused."""
 
+import inspect
 import json
+import re
 
 import pytest
 import torch
 
+from sfumato import catalogue
 from sfumato.claim import paired_interval
-from sfumato.engine import comparison
-from sfumato.engine.comparison import Arm, compare, differences, parse_arm, resolve, split
+from sfumato.data import Batch
+from sfumato.engine import trial, trial_pool
+from sfumato.engine.arms import Arm, parse_arm, resolve
+from sfumato.engine.comparison import compare
+from sfumato.engine.outcomes import differences, direction
+from sfumato.engine.trial import split
 from sfumato.errors import BadData, BadSetting, Diverged, UnknownName
 
 HERE = {"processes": 0, "device": "cpu"}
@@ -115,12 +122,12 @@ def test_what_is_held_out():
 def test_pictures_of_unlike_sizes_are_cut_to_one():
     images = [torch.rand(1, 9, 12), torch.rand(1, 20, 8), torch.rand(1, 10, 10)]
     data = split((images, torch.tensor([0, 1, 0])))[0]
-    middles = comparison._squares(data, range(len(data)), None)
+    middles = trial._squares(data, range(len(data)), None)
     assert middles.x.shape[-1] == middles.x.shape[-2] == min(min(s.x.shape[-2:]) for s in data)
-    assert comparison._few(data, 2, 6, seed=0).x.shape[-2:] == (6, 6)
-    assert torch.equal(comparison._few(data, 2, 6, seed=0).x, comparison._few(data, 2, 6, seed=0).x)
+    assert trial._few(data, 2, 6, seed=0).x.shape[-2:] == (6, 6)
+    assert torch.equal(trial._few(data, 2, 6, seed=0).x, trial._few(data, 2, 6, seed=0).x)
     numbers = split((images, torch.rand(3, 2)))[0]
-    assert comparison._squares(numbers, [0, 1], None).target.shape == (2, 2)
+    assert trial._squares(numbers, [0, 1], None).target.shape == (2, 2)
 
 
 # ---- trials
@@ -190,8 +197,8 @@ def test_own_losses_of_different_methods_are_not_judged():
 
 
 def test_features_are_judged_beside_those_of_the_untrained_network(monkeypatch):
-    monkeypatch.setattr(comparison, "PROBE_TRAIN", 60)
-    monkeypatch.setattr(comparison, "PROBE_TEST", 40)
+    monkeypatch.setattr(trial, "PROBE_TRAIN", 60)
+    monkeypatch.setattr(trial, "PROBE_TEST", 40)
     done = compare(["mae", "simmim"], "sample:digits", steps=2, seeds=1, settings=TINY, **HERE).record
     names = {"masked_loss", "few_label_accuracy", "linear_probe", "knn_probe"}
     for part in ("figures", "untrained"):
@@ -212,13 +219,13 @@ def test_arms_of_unlike_size_are_told():
 
 def test_minutes_fix_the_steps_of_an_arm_for_all_seeds(monkeypatch):
     timed = {"optimizer=adam, lr=0.01": 0.1, "optimizer=sgd, lr=0.01": 0.05}
-    true = comparison.run_trial
+    true = trial.run_trial
 
-    def trial(job, data):
+    def instead(job, data):
         result = true(job, data)
         return result if job.steps else {**result, "step_seconds": timed[job.arm.label]}
 
-    monkeypatch.setattr(comparison, "run_trial", trial)
+    monkeypatch.setattr(trial_pool, "run_trial", instead)
     done = compare([ADAM, SGD], "sample:digits", minutes=0.0105, seeds=2, **HERE).record
     assert done["held"] == "minutes"
     assert [arm["steps"] for arm in done["arms"]] == [6, 12]
@@ -229,9 +236,9 @@ def test_minutes_fix_the_steps_of_an_arm_for_all_seeds(monkeypatch):
 def test_a_loss_that_is_not_finite_names_its_arm():
     with pytest.raises(Diverged, match="high, while it was timed: the loss is nan"):
         compare([ADAM, "high=classifier:optimizer=sgd,lr=1e30"], "sample:digits", steps=20, seeds=1, **HERE)
-    job = comparison.Job(Arm("classifier", {"optimizer": "sgd", "lr": 1e30}, "high"), 3, "small", "cpu", steps=20, alone=False)
+    job = trial.Job(Arm("classifier", {"optimizer": "sgd", "lr": 1e30}, "high"), 3, "small", "cpu", steps=20, alone=False)
     with pytest.raises(Diverged, match="high, seed 3: the loss is nan"):
-        comparison.run_trial(job, "sample:digits")
+        trial.run_trial(job, "sample:digits")
 
 
 # ---- going on
@@ -239,19 +246,19 @@ def test_a_loss_that_is_not_finite_names_its_arm():
 
 def test_a_stopped_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
     arms, options = [ADAM, SGD], {"steps": 4, "seeds": 2, "out": tmp_path, **HERE}
-    true, asked = comparison.run_trial, []
+    true, asked = trial.run_trial, []
 
-    def trial(job, data):
+    def instead(job, data):
         if len(asked) == 4:
             raise KeyboardInterrupt
         asked.append((job.arm.label, job.seed if job.steps else None))
         return true(job, data)
 
-    monkeypatch.setattr(comparison, "run_trial", trial)
+    monkeypatch.setattr(trial_pool, "run_trial", instead)
     with pytest.raises(KeyboardInterrupt):
         compare(arms, "sample:digits", **options)
     assert len(asked) == 4, "two timings, two trainings"
-    monkeypatch.setattr(comparison, "run_trial", lambda job, data: asked.append((job.arm.label, job.seed)) or true(job, data))
+    monkeypatch.setattr(trial_pool, "run_trial", lambda job, data: asked.append((job.arm.label, job.seed)) or true(job, data))
     asked.clear()
     resumed = compare(arms, "sample:digits", **options).record
     assert [seed for _, seed in asked] == [1, 1]
@@ -296,3 +303,33 @@ def test_pairs_are_judged_against_their_targets():
     done = compare(["cbsn", "cbsn:stride_blind=1"], data, steps=2, seeds=1, settings=settings, **HERE).record
     assert set(done["figures"]["0"]["cbsn"]) == {"psnr"}
     assert done["job"] == "restore"
+
+
+# ---- directions
+
+
+def test_every_figure_of_a_method_has_a_direction():
+    assert [direction(name) for name in ("accuracy", "knn_probe", "images_per_second", "psnr")] == [True] * 4
+    assert [direction(name) for name in ("loss", "mse", "unexplained")] == [False] * 3
+    assert direction("psnr_degraded") is None  # a fact of the data
+    assert direction("novelty") is None
+    names = set()
+    for row in catalogue.load().values():
+        if row.built and row.kind in ("method", "base"):
+            source = inspect.getsource(catalogue.load_method(row.slug).evaluate)
+            names |= set(re.findall(r'"([a-z_]+)":', source)) - {"psnr_degraded"}
+    assert names >= {"accuracy", "psnr", "unexplained"}
+    assert not [name for name in names if direction(name) is None]
+
+
+def test_unexplained_should_be_low_and_the_untrained_have_seen_the_data():
+    g = torch.Generator().manual_seed(0)
+    x = 100 * torch.rand(64, 4, generator=g)
+    designs = Batch(x, torch.arange(64), target=x.sum(1, keepdim=True))
+    settings = {"hidden": 16, "batch_size": 32}
+    arms = ["fast=ignite:lr=1e-2", "slow=ignite:lr=1e-5"]
+    done = compare(arms, designs, steps=60, seeds=5, settings=settings, **HERE).record
+    assert all(seed["slow"]["unexplained"] < 10 for seed in done["untrained"].values())
+    (found,) = (d for d in done["differences"] if d["metric"] == "unexplained")
+    assert not found["higher"]
+    assert found["outcome"] == "worse"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.utils import save_image
 
-from sfumato.engine.comparison import differences
+from sfumato.engine.outcomes import differences
 from sfumato.report import write_compare_report
 
 

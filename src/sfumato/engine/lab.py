@@ -131,10 +131,15 @@ def reproduce(
         "slug": slug,
         "claims": findings,
         "budget": budget,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {threads(processes)}",
         "seconds": round(time.monotonic() - started, 1),
         **provenance(),
     }
+
+
+def threads(processes: int) -> str:
+    """What computes: processes of one thread each, or (0) the threads of this one."""
+    return f"{processes} x 1 thread" if processes else f"{torch.get_num_threads()} threads"
 
 
 def provenance() -> dict[str, Any]:

@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.claim import paired_interval
-from sfumato.engine.comparison import EARLY, ENOUGH_SEEDS, FEW, is_own_loss, metrics_of
+from sfumato.claim import ENOUGH_SEEDS, paired_interval
+from sfumato.engine.outcomes import EARLY, PROBES, is_own_loss, metrics_of
+from sfumato.engine.trial import FEW
 from sfumato.report.page import Page
 from sfumato.report.plots import curves, interval_text, number
 from sfumato.report.rows import dots, intervals
@@ -33,7 +34,6 @@ from sfumato.report.style import Figure
 
 OUTCOMES = {"better": "reproduced", "worse": "not reproduced"}
 """The colours of outcomes are those of verdicts."""
-PROBES = ("few_label_accuracy", "linear_probe", "knn_probe")
 
 
 def write_compare_report(record: Mapping[str, Any], path: str | Path, *, pictures: str | Path | None = None) -> Path:
