@@ -301,9 +301,9 @@ def machines(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         m = race["machine"]
         versions = ", ".join(f"{name} {version}" for name, version in {"Python": m["python"], **m["versions"]}.items())
         told = f"{m['cpu']}, {m['cores']} cores, {m['threads']} thread(s); {versions}; {race['clock']} time, {race['date']}"
-        groups.setdefault(told, []).append(race["race"])
+        groups.setdefault(told, []).append(f"{race['race']} ({m['load']:g})")
     for told, names in groups.items():
-        yield plain(told if len(groups) == 1 else f"{', '.join(names)}: {told}") + "."
+        yield plain(f"{told}. Mean load of the machine at the end of each race: {', '.join(names)}") + "."
 
 
 # ---- parts

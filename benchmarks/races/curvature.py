@@ -105,7 +105,7 @@ def curvlinops_eigenvalue(net: nn.Module, data: Batches, tol: float) -> Run:
 
 
 def pyhessian_eigenvalue(net: nn.Module, data: Batches, tol: float) -> Run:
-    """The power iteration; it stops when a step changes the eigenvalue by less than `tol`."""
+    """The power iteration; it stops when a step, which says little of what is left, changes the value by a tenth of `tol`."""
     operator = pyhessian_operator(net, data)
 
     def run() -> Tensor:
@@ -180,7 +180,8 @@ def pyhessian_density(net: nn.Module, data: Batches, steps: int) -> Run:
     "single batch it keeps the graph of the gradient from one product to the next, which holds its memory and saves a forward "
     "and a backward pass, and it leaves out what ours sees to (eval mode, exact arithmetic, the module as it was), which a small "
     "network feels. The eigenvalue depends on how many products are needed: Lanczos looked at after every fifth (ours), "
-    "ARPACK (curvlinops, through scipy), the power iteration (pyhessian). For the density ours re-orthogonalises twice, "
+    "ARPACK (curvlinops, through scipy), the power iteration (pyhessian), which watches the change of a step and is therefore "
+    "given a tenth of the tolerance. For the density ours re-orthogonalises twice, "
     "pyhessian once, curvlinops never.",
 )
 def curvature(quick: bool) -> Iterator[Heat]:

@@ -75,8 +75,9 @@ def double_backward(width: int, batch: int, r: float) -> Run:
 
 @race(
     "IGNITE's penalty: the gradient of a gradient norm, by a finite difference against differentiating twice",
-    "Two plain passes against one pass, its graph, and a pass through that graph: about the same arithmetic, without holding the "
-    "graph, and it works where a layer has no second derivative.",
+    "Two plain passes against one pass, its graph, and a pass through that graph: about the same arithmetic. The finite "
+    "difference holds a copy of the weights and a second gradient instead of the graph, which is more where weights outweigh "
+    "activations; it works where a layer has no second derivative.",
 )
 def gradient_norm(quick: bool) -> Iterator[Heat]:
     """Equal to 2 % at a small step r: the error is of order r."""

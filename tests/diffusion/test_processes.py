@@ -185,3 +185,12 @@ def test_diffusers_there_and_back():
     _close(again.abar, SCHEDULE.abar, 1e-6)
     with pytest.raises(BadSetting, match="betas"):
         Schedule(torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 0.01), (torch.float16, 2e-3), (torch.float32, 1e-6)])
+def test_the_first_noise_survives_rounding(dtype, rtol):
+    x0, eps = torch.zeros(1, 1, 2, 2, dtype=dtype), torch.ones(1, 1, 2, 2, dtype=dtype)
+    for t in (0, torch.tensor([0])):
+        x_t = SCHEDULE.q_sample(x0, t, eps)
+        assert x_t.dtype == dtype
+        torch.testing.assert_close(x_t.double(), torch.full((1, 1, 2, 2), 0.01).double(), rtol=rtol, atol=0)

@@ -164,3 +164,16 @@ def test_refusals():
     for bad in ({"rho": -1.0}, {"r": 0.0}, {"lam_lr": -0.1}):
         with pytest.raises(BadSetting):
             SurrogateSharpness(base, **bad)
+
+
+def test_multiplier_goes_where_the_weights_are_and_keeps_its_digits():
+    far = SurrogateSharpness(torch.optim.SGD([nn.Parameter(torch.zeros(1, device="meta"))], 0.1))
+    near = SurrogateSharpness(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1))
+    far.load_state_dict(near.state_dict())
+    assert far.lam.device.type == "meta"
+    near.load_state_dict(near.base.state_dict() | {"param_groups": [{"params": [0], "lr": 0.3}]})
+    assert near.lam == torch.tensor(1e-3)
+    w = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    low = SurrogateSharpness(torch.optim.SGD([w], 0.0), rho=0.05, lam=0.5, lam_lr=1e-3, eps=0.2)
+    low.step(closure([w], lambda: (w**2).sum()))
+    assert 0 < 0.5 - low.lam < 1e-3

@@ -56,6 +56,13 @@ def test_nc1_is_the_trace_of_the_textbook():
     assert counts.tolist() == [15] * 4
 
 
+def test_nc1_in_single_precision_of_features_far_from_zero():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (4000,), generator=g)
+    features = (torch.randn(3, 64, generator=g)[labels] + 0.3 * torch.randn(4000, 64, generator=g) + 2).relu()
+    torch.testing.assert_close(nc1(features, labels).double(), nc1(features.double(), labels), rtol=1e-3, atol=0)
+
+
 def test_frames_are_recognised():
     k = 5
     simplex = torch.eye(k, dtype=torch.float64) - 1 / k

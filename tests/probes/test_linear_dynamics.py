@@ -18,7 +18,7 @@ from sfumato.probes import (
     ridge_error,
     training_error,
 )
-from sfumato.probes.linear_dynamics import _marchenko_pastur
+from sfumato.probes.random_matrix import marchenko_pastur
 
 STORED = np.load(Path(__file__).parents[1] / "vectors" / "high-dimensional-dynamics.npz")
 ALPHAS = torch.tensor([0.25, 0.5, 0.8, 1.25, 2.0, 4.0], dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_reference_stopping_times(case):
 
 def test_quadrature_of_the_law():
     for alpha in ALPHAS:
-        nodes, weights, at_zero = _marchenko_pastur(alpha)
+        nodes, weights, at_zero = marchenko_pastur(alpha)
         assert float(weights.sum() + at_zero) == pytest.approx(1, abs=1e-10)
         assert float((weights * nodes).sum()) == pytest.approx(float(alpha), abs=1e-10)
         inverse = 1 / (alpha - 1) if alpha > 1 else alpha / (1 - alpha)

@@ -100,7 +100,7 @@ def as_denoiser(
         """The model's answer at a discrete time, as `face` wants it ("D": the clean picture)."""
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         if source == "D":
-            levels = tables.sigma.to(x_t.device)[t].to(x_t.dtype)
+            levels = expand(tables.sigma, t, x_t).flatten()
             out = model(x_t / expand(tables.abar.sqrt(), t, x_t), levels)
         else:
             out = model(x_t, t)

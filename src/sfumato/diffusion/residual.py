@@ -285,7 +285,7 @@ def sample_residual(
         raise BadSetting(f"steps={steps} is not between 1 and the schedule's {T}")
     if start is None:
         start = torch.randn(x_in.shape, generator=generator, device=x_in.device, dtype=x_in.dtype)
-    x = x_in + schedule.beta_bar[-1].to(x_in) * start
+    x = x_in + schedule.beta_bar[-1].to(x_in.dtype) * start
     times = [k * T // steps - 1 for k in range(steps, -1, -1)]
     for i, (t, p) in enumerate(pairwise(times)):
         out = model(x, torch.full((len(x),), t, device=x.device))
@@ -297,9 +297,9 @@ def sample_residual(
         variance = eta * schedule.step_variance(t, p)
         of_res = schedule.alpha_bar[t] - schedule.alpha_bar[p]
         of_noise = schedule.beta_bar[t] - (schedule.beta_bar[p].square() - variance).clamp(min=0).sqrt()
-        x = x - of_res.to(x) * said.res - of_noise.to(x) * said.noise
+        x = x - of_res.to(x.dtype) * said.res - of_noise.to(x.dtype) * said.noise
         if eta:
-            x = x + variance.sqrt().to(x) * draw_step(x, noise, i, generator)
+            x = x + variance.sqrt().to(x.dtype) * draw_step(x, noise, i, generator)
     return said.x0
 
 

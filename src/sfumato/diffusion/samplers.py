@@ -120,9 +120,9 @@ def sample_ddim(
         before = schedule.abar[t - stride] if t >= stride else schedule.abar.new_ones(())
         large = eta**2 * (1 - schedule.abar[t] / before)
         small = large * (1 - before) / (1 - schedule.abar[t])
-        x = before.sqrt().to(x) * x0 + (1 - before - small).clamp(min=0).sqrt().to(x) * eps
+        x = before.sqrt().to(x.dtype) * x0 + (1 - before - small).clamp(min=0).sqrt().to(x.dtype) * eps
         if eta and t >= stride:
-            x = x + (small if variance == "small" else large).sqrt().to(x) * draw_step(x, noise, i, generator)
+            x = x + (small if variance == "small" else large).sqrt().to(x.dtype) * draw_step(x, noise, i, generator)
     return x
 
 

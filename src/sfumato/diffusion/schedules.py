@@ -77,7 +77,9 @@ def edm_sigmas(n: int, *, low: float = 0.002, high: float = 80.0, rho: float = 7
 
 def expand(table: Tensor, t: Tensor | int, x: Tensor) -> Tensor:
     """`table[t]` with the type and device of `x`, shaped to multiply it; t may be a number or one a sample."""
-    value = table.to(x.device)[t].to(x.dtype)
+    if not isinstance(t, Tensor):
+        return table[t].to(x.dtype)  # a number on the CPU multiplies on any device, without a copy that waits for it
+    value = table.to(x.dtype).to(x.device, non_blocking=True)[t]
     return value.reshape(-1, *[1] * (x.ndim - 1)) if value.ndim else value
 
 
@@ -123,8 +125,10 @@ class Schedule:
         Returns:
             Like `x0`.
         """
-        signal = expand(self.abar, t, x0) if abar is None else abar.to(x0).reshape(-1, *[1] * (x0.ndim - 1))
-        return signal.sqrt() * x0 + (1 - signal).sqrt() * noise
+        if abar is None:
+            return expand(self.abar.sqrt(), t, x0) * x0 + expand((1 - self.abar).sqrt(), t, x0) * noise
+        signal, level = (v.to(x0).reshape(-1, *[1] * (x0.ndim - 1)) for v in (abar.sqrt(), (1 - abar).sqrt()))
+        return signal * x0 + level * noise
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(x_{t-1} | x_t, x_0).

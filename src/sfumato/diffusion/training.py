@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.diffusion.predictions import convert
-from sfumato.diffusion.schedules import Schedule
+from sfumato.diffusion.schedules import Schedule, expand
 from sfumato.errors import BadSetting
 
 WEIGHTS = ("min_snr", "p2", "edm")
@@ -73,13 +73,13 @@ def denoising_loss(
     )
     errors = (model(x_t, t) - target).square().flatten(1).mean(1)
     if weight is not None:
-        snr = schedule.snr.to(x0.device)[t]
+        snr = schedule.snr
         if weight == "min_snr":
             of_x0 = snr.clamp(max=5.0 if gamma is None else gamma)
         else:
             of_x0 = snr / (1 + snr) ** (1.0 if gamma is None else gamma) if weight == "p2" else snr + sigma_data**-2
         per_unit = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[predict]
-        errors = errors * (of_x0 / per_unit).to(errors.dtype)
+        errors = errors * expand(of_x0 / per_unit, t, errors)
     return errors.mean() if reduction == "mean" else errors
 
 

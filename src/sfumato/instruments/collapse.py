@@ -14,6 +14,7 @@ for the class means, then for the spread around them. A run is followed over the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from sfumato.instruments.progress import Progress
 from sfumato.instruments.subject import ClassifierLike, Pairs, Subject
 from sfumato.instruments.timing import samples_that_fit, seconds_a_sample
 from sfumato.nn.at_rest import eval_mode, exact_arithmetic
-from sfumato.probes.collapse import class_stats, nc1, nc2, nc3, pooled_stats, self_duality
+from sfumato.probes.collapse import between_whitening, class_stats, nc2, nc3, pooled_stats, self_duality
 
 FRAMES = {"etf": "simplex", "of": "orthogonal frame"}
 PASSES, FEWEST_A_CLASS = 2, 4
@@ -168,13 +169,16 @@ def _measured(subject: Subject, name: str, data: Any) -> dict[str, Any]:
     stats = pooled_stats(class_stats(f, y, classes=len(weight)) for f, y, _ in _features(subject, name, data))
     there = stats.counts > 0
     centred = stats.means - stats.mean
+    axes = between_whitening(stats)
     spread, sums = torch.zeros(len(weight), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for f, y, said in _features(subject, name, data):
         spread.index_add_(0, y, (f - stats.means[y]).square().sum(1))
         nearest = there.nonzero()[:, 0][torch.cdist(f, stats.means[there]).argmin(1)]
         shares = torch.stack([(said == y).double().mean(), (said == nearest).double().mean()])
-        sums += len(f) * torch.cat([nc1(f, y, stats=stats)[None], shares])
+        within = ((f - stats.means[y]) @ axes).square().sum(1).mean()  # `nc1`, whose directions are the same for all batches
+        sums += len(f) * torch.cat([within[None], shares])
     value, accuracy, agreement = (sums / subject.count).tolist()
+    value = value if axes.numel() else math.inf
     lengths = centred.norm(dim=1)
     directions = (centred / lengths[:, None])[there]
     cosines = directions @ directions.T

@@ -167,7 +167,7 @@ def _words(numbers: Mapping[str, Any], settings: Settings, lead: float) -> str:
         one = formats["float32"]
         words = [
             f"Over the edge: even in float32 {one['collapsed']:.0%} of the softmaxes collapse, and {one['zero_loss']:.0%} of the "
-            "samples have a loss of exactly 0, so they no longer teach. StableMax or a loss in float64 keeps them."
+            "samples have a loss of exactly 0, so their labels no longer pull. StableMax or a loss in float64 keeps them."
         ]
     elif over:
         parts = " and ".join(f"{formats[name]['collapsed']:.0%} in {name}" for name in over)

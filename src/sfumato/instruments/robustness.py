@@ -35,8 +35,7 @@ from sfumato.instruments.progress import Progress
 from sfumato.instruments.subject import Pairs, Subject
 from sfumato.instruments.timing import samples_that_fit, seconds_a_sample
 from sfumato.nn.at_rest import eval_mode, exact_arithmetic
-from sfumato.papers.robustness.boundary_tilting import matched_temperature
-from sfumato.probes.boundary import local_geometry
+from sfumato.probes.boundary import local_geometry, matched_temperature
 from sfumato.probes.collapse import class_stats, pooled_stats
 from sfumato.probes.functional_model import as_batches
 
@@ -96,6 +95,8 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
     data = progress.over(subject.batches)
     found: dict[str, Any] = {}
     shown: list[_Shown] = []
+    parts: list[dict[str, Tensor]] = []
+    radii: list[float] = []
     late = False
     with progress.until_stopped(), eval_mode(subject.module), exact_arithmetic(subject.device.type):
         progress.stage("local geometry")
@@ -104,19 +105,16 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
             return _findings(subject, settings, found, shown)
         radii = _radii(subject, settings, found["samples"])
         progress.stage("attacks")
-        parts: list[dict[str, Tensor]] = []
-        found["attacked"] = {"radii": radii}
         for done, (x, y) in enumerate(as_batches(data, subject.device)):
             late = plan.limit is not None and done > 0 and progress.seconds * (done + 1) / done > OVERRUN * plan.limit
             if late:
                 break
             parts.append(_attacked(subject, settings, x, y, radii, generator, shown))
-            joined = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
-            found["attacked"] = {"radii": radii, **_summary(joined)}
     if not found:
         raise Interrupted("stopped before anything was measured: the local geometry was not finished")
-    if len(found["attacked"]) == 1:
-        del found["attacked"]
+    if parts:
+        joined = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
+        found["attacked"] = {"radii": radii, **_summary(joined)}
     findings = _findings(subject, settings, found, shown)
     if late:
         some = len(found["attacked"]["deepfool"])

@@ -110,7 +110,8 @@ class SurrogateSharpness(Optimizer):
         super().__init__(base_optimizer.param_groups, dict(base_optimizer.defaults))
         self.param_groups, self.state = base_optimizer.param_groups, base_optimizer.state
         first = self.param_groups[0]["params"][0]
-        self.param_groups[0]["lam"] = torch.tensor(lam, dtype=first.dtype, device=first.device)
+        dtype = torch.promote_types(first.dtype, torch.float32)  # in bfloat16 its small steps would be lost
+        self.param_groups[0]["lam"] = torch.tensor(lam, dtype=dtype, device=first.device)
 
     @property
     def lam(self) -> Tensor:
@@ -150,5 +151,9 @@ class SurrogateSharpness(Optimizer):
         return {**super().__getstate__(), **{k: v for k, v in vars(self).items() if k not in ("state", "param_groups")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = [group["lam"] for group in vars(self).get("param_groups", [])[:1]]
         super().__setstate__(state)
+        first = self.param_groups[0]
+        (lam,) = [first["lam"]] if "lam" in first else before  # the state of the base optimizer alone has none
+        first["lam"] = lam.to(first["params"][0].device)  # torch moves state, not settings
         self.base.__setstate__({"state": self.state, "param_groups": self.param_groups})

@@ -11,10 +11,12 @@ from .boundary import adversarial_strength as adversarial_strength
 from .boundary import deviation_angle as deviation_angle
 from .boundary import free_tilt as free_tilt
 from .boundary import local_geometry as local_geometry
+from .boundary import matched_temperature as matched_temperature
 from .boundary import tilt as tilt
 from .boundary import tilting_plane as tilting_plane
 from .collapse import ClassStats as ClassStats
 from .collapse import GOF as GOF
+from .collapse import between_whitening as between_whitening
 from .collapse import class_stats as class_stats
 from .collapse import gof_spectrum as gof_spectrum
 from .collapse import minority_threshold as minority_threshold
@@ -83,6 +85,8 @@ from .paths import path_loss as path_loss
 from .per_sample import ntk as ntk
 from .per_sample import per_sample_grads as per_sample_grads
 from .permutation import match_permutation as match_permutation
+from .random_matrix import SpectralLaw as SpectralLaw
+from .random_matrix import marchenko_pastur as marchenko_pastur
 from .random_matrix import spike_overlap as spike_overlap
 from .random_matrix import spiked_wigner as spiked_wigner
 from .random_matrix import spiked_wishart as spiked_wishart

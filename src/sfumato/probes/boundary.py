@@ -19,6 +19,7 @@ Angle on L2 Regularization", 2018.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -164,8 +165,8 @@ def free_tilt(weight: Tensor, bias: Tensor | float, x: Tensor, y: Tensor, x_val:
     """Split a tilt into what buys accuracy (type 1) and what does not (type 2).
 
     The normal is taken apart into its share along the centroids and shares along the principal directions of the within-class
-    scatter; these are dropped from the lowest variance up, each score replaced by its value at the centroids' midpoint, until
-    balanced held-out accuracy falls by more than one standard error. The rule is our choice.
+    scatter; these are dropped from the lowest variance up, each score replaced by its value at the centroids' midpoint. As many
+    go as leave balanced held-out accuracy within one standard error of the best that is reached. The rule is our choice.
 
     Args:
         weight: `[D]`.
@@ -196,8 +197,9 @@ def free_tilt(weight: Tensor, bias: Tensor | float, x: Tensor, y: Tensor, x_val:
     by_class = torch.stack([right[truth[:, 0]].mean(0), right[~truth[:, 0]].mean(0)])
     counts = torch.stack([truth.sum(), (~truth).sum()]).to(w)
     accuracy = by_class.mean(0)
-    error = ((by_class[:, 0] * (1 - by_class[:, 0]) / counts).sum().sqrt()) / 2
-    dropped = int((accuracy >= accuracy[0] - error).long().cumprod(0).sum()) - 1
+    best = accuracy.argmax()
+    error = (by_class[:, best] * (1 - by_class[:, best]) / counts).sum().sqrt() / 2
+    dropped = int((accuracy >= accuracy[best] - error).nonzero()[-1])
     left = kept[dropped]
     return FreeTilt(
         angles[dropped], angles[0] - angles[dropped], dropped, angles, accuracy, left, w @ middle + bias - left @ middle
@@ -241,6 +243,31 @@ def local_geometry(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, c
     norm = slope.flatten(1).norm(dim=-1)
     distance = margin.detach() / norm.clamp(min=torch.finfo(norm.dtype).tiny)
     return LocalGeometry(margin.detach(), norm, distance, _angle(-slope.flatten(1), line))
+
+
+def matched_temperature(logits: Tensor, confidence: float = 0.95) -> float:
+    """The temperature at which the median confidence of a classifier is as wished, so that models compare at equal confidence.
+
+    Args:
+        logits: `[N, K]`, of a test set.
+        confidence: median of the largest probability, between 1 / K and 1.
+
+    Returns:
+        What to divide logits by.
+
+    Raises:
+        BadSetting: no temperature gives that confidence.
+    """
+    low, high = 1e-6, 1e6
+    if not 1 / logits.shape[-1] < confidence < 1:
+        raise BadSetting(f"confidence={confidence:g} is not between 1/{logits.shape[-1]} and 1")
+    for _ in range(100):
+        middle = math.sqrt(low * high)
+        if (logits.double() / middle).softmax(-1).amax(-1).median() > confidence:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(low * high)
 
 
 def _setting(weight: Tensor, x: Tensor, y: Tensor, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:

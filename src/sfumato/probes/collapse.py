@@ -100,7 +100,7 @@ def pooled_stats(parts: Iterable[ClassStats]) -> ClassStats:
 def nc1(features: Tensor, labels: Tensor, *, stats: ClassStats | None = None) -> Tensor:
     """Spread within classes, measured where class means differ: tr(Σ_W Σ_B⁺) / K.
 
-    No D × D matrix is made: the means span at most K directions.
+    No D × D matrix is made: the means span at most K - 1 directions.
 
     Args:
         features: `[N, D]`; a part of the data when `stats` are given (the results of parts average by their sizes).
@@ -110,14 +110,27 @@ def nc1(features: Tensor, labels: Tensor, *, stats: ClassStats | None = None) ->
     Returns:
         Scalar, at least 0; infinite when all class means are equal.
     """
-    counts, means, mean = stats or class_stats(features, labels)
-    there = means[counts > 0]
-    _, s, axes = torch.linalg.svd(there - mean, full_matrices=False)
-    kept = s > s[0] * len(s) * torch.finfo(s.dtype).eps
-    if not kept.any():
+    stats = stats or class_stats(features, labels)
+    axes = between_whitening(stats)
+    if not axes.numel():
         return features.new_tensor(torch.inf)
-    spread = (features - means[labels]) @ axes[kept].T / s[kept]
-    return spread.square().sum(1).mean()
+    return ((features - stats.means[labels]) @ axes).square().sum(1).mean()
+
+
+def between_whitening(stats: ClassStats) -> Tensor:
+    """The directions in which class means differ, each divided by how much: what `nc1` measures the spread in.
+
+    Args:
+        stats: of the whole data.
+
+    Returns:
+        `[D, R]`, R at most K - 1; 0 when all class means are equal.
+    """
+    there = stats.means[stats.counts > 0]
+    _, s, axes = torch.linalg.svd(there - stats.mean, full_matrices=False)
+    kept = s > s[0] * len(s) * torch.finfo(s.dtype).eps
+    kept[len(there) - 1 :] = False  # centred means of K classes span K - 1 directions: the rest is rounding
+    return axes[kept].T / s[kept]
 
 
 def nc2(rows: Tensor, *, target: Target = "etf") -> Tensor:

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadData, BadSetting
+from sfumato.probes.random_matrix import SpectralLaw, marchenko_pastur
 
 Numbers = float | Sequence[float] | Tensor
 
-_NODES, _GRID, _ZOOMS = 2000, 64, 5
+_GRID, _ZOOMS = 64, 5
 
 
 class FrozenSubspace(NamedTuple):
@@ -197,7 +198,9 @@ def frozen_subspace(features: Tensor) -> FrozenSubspace:
     Args:
         features: `[P, N]`, what the weights read; of any layer.
     """
-    _, s, vh = torch.linalg.svd(features, full_matrices=True)
+    tall = len(features) > features.shape[1]
+    square = torch.linalg.qr(features, mode="r").R if tall else features  # the same right singular vectors, without a P x P
+    _, s, vh = torch.linalg.svd(square, full_matrices=True)
     rank = int((s > _tolerance(s, features)).sum())
     return FrozenSubspace(features.shape[1] - rank, vh[rank:].T)
 
@@ -216,38 +219,21 @@ def feature_spectrum(features: Tensor) -> FeatureSpectrum:
     return FeatureSpectrum(float(seen[-1]), float(seen[0]), len(seen), p / n)
 
 
-class _Modes(NamedTuple):
-    """Eigenvalues above 0 and their shares `[..., Q]`, and the share of 0 `[...]`."""
-
-    nodes: Tensor
-    weights: Tensor
-    at_zero: Tensor
-
-
-def _modes(samples_per_dim: Numbers | None, spectrum: Tensor | None) -> _Modes:
+def _modes(samples_per_dim: Numbers | None, spectrum: Tensor | None) -> SpectralLaw:
     if (samples_per_dim is None) == (spectrum is None):
         raise BadSetting("give samples_per_dim, for the limit of large networks, or the spectrum of one data set")
     if samples_per_dim is not None:
-        return _marchenko_pastur(_positive(samples_per_dim, "samples_per_dim"))
+        return marchenko_pastur(_positive(samples_per_dim, "samples_per_dim"))
     assert spectrum is not None
     lam = spectrum.double()
     if lam.ndim != 1 or not (lam > 0).any():
         raise BadSetting(f"spectrum is [N] with an eigenvalue above 0; this one has shape {list(lam.shape)}")
     lam = lam[lam > lam.amax() * len(lam) * torch.finfo(spectrum.dtype).eps]
     share = len(lam) / len(spectrum)
-    return _Modes(lam, torch.full_like(lam, 1 / len(spectrum)), lam.new_tensor(1 - share))
+    return SpectralLaw(lam, torch.full_like(lam, 1 / len(spectrum)), lam.new_tensor(1 - share))
 
 
-def _marchenko_pastur(alpha: Tensor) -> _Modes:
-    """The law as nodes λ = 1 + α + 2√α cos θ at midpoints in θ, where its density times dλ/dθ is smooth and periodic."""
-    theta = (torch.arange(_NODES, dtype=alpha.dtype, device=alpha.device) + 0.5) * (torch.pi / _NODES)
-    half = 2 * alpha.sqrt()[..., None]
-    nodes = 1 + alpha[..., None] + half * theta.cos()
-    weights = (half * theta.sin()).square() / (2 * _NODES * nodes)
-    return _Modes(nodes, weights, (1 - alpha).clamp(min=0))
-
-
-def _error(times: Tensor, modes: _Modes, start: float) -> Tensor:
+def _error(times: Tensor, modes: SpectralLaw, start: float) -> Tensor:
     """E_g at times `[..., T]` that broadcast against the modes."""
     lam = modes.nodes[..., None, :]
     gone = torch.expm1(-lam * times[..., None])

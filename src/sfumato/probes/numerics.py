@@ -48,7 +48,7 @@ def softmax_collapse(z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @torch.no_grad()
 def zero_loss_fraction(losses: Tensor) -> Tensor:
-    """Share of loss terms that are exactly 0: samples that no longer teach.
+    """Share of loss terms that are exactly 0: samples whose label no longer pulls.
 
     Args:
         losses: one a sample, any shape: any loss with `reduction="none"`.

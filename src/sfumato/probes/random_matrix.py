@@ -18,10 +18,47 @@ tensor([21.2625,  2.2500])
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from sfumato.errors import BadSetting
+
+
+class SpectralLaw(NamedTuple):
+    """Eigenvalues above 0 and their shares `[..., Q]`, and the share of 0 `[...]`."""
+
+    nodes: Tensor
+    weights: Tensor
+    at_zero: Tensor
+
+
+def marchenko_pastur(samples_per_dim: Tensor | float, *, nodes: int = 2000) -> SpectralLaw:
+    """The limit of the spectrum of XᵀX, X `[P, N]` with entries of variance 1/N, as nodes to sum over.
+
+    λ = 1 + α + 2√α cos θ at midpoints in θ, where the density times dλ/dθ is smooth and periodic: sums over smooth functions of λ
+    converge fast.
+
+    Args:
+        samples_per_dim: α = P/N, positive, any shape.
+        nodes: Q, how many.
+
+    Returns:
+        Nodes and weights `[..., Q]`, and the share of eigenvalues that are 0; float64 unless `samples_per_dim` is a tensor.
+
+    Raises:
+        BadSetting: a value that is not positive.
+
+    Reference: Marčenko, Pastur 1967.
+    """
+    alpha = torch.as_tensor(samples_per_dim) if isinstance(samples_per_dim, Tensor) else torch.tensor(samples_per_dim).double()
+    if not (alpha > 0).all():
+        raise BadSetting(f"samples_per_dim={float(alpha.min()):g} must be positive")
+    theta = (torch.arange(nodes, dtype=alpha.dtype, device=alpha.device) + 0.5) * (torch.pi / nodes)
+    half = 2 * alpha.sqrt()[..., None]
+    found = 1 + alpha[..., None] + half * theta.cos()
+    return SpectralLaw(found, (half * theta.sin()).square() / (2 * nodes * found), (1 - alpha).clamp(min=0))
 
 
 def spiked_wigner(lam: Tensor, v: float | Tensor) -> Tensor:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sfumato.data import Batch, Facts, digits
-from sfumato.diffusion import ResidualSchedule, power_schedule
+from sfumato.diffusion import ResidualSchedule, convert, power_schedule
 from sfumato.engine import Lab, build, fit
 from sfumato.errors import BadData, BadSetting
 from sfumato.method import Context, Restorer, capabilities
@@ -203,3 +203,23 @@ def test_the_claims_run_and_report_every_arm(claim, rows, monkeypatch):
     assert [curve["arm"] for curve in lab.curves] == ["RDDM", "DDIM"]
     (pictures,) = lab.pictures.values()
     assert len(pictures) == 8 * rows
+
+
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_res"])
+def test_the_baseline_is_exact_with_an_exact_network(objective):
+    method = rddm._FromNoise(_small(objective=objective).config)
+    x0, g = 2 * torch.rand(4, 1, 8, 8) - 1, torch.Generator().manual_seed(0)
+
+    def exact(x, t):
+        return convert(x0, x, t, method.ddpm, source="x0", target=method.predict)
+
+    assert torch.allclose(method._sample(exact, x0, 5, g), x0, atol=1e-3)
+
+
+def test_low_light_in_small(monkeypatch):
+    train, test = digits(train=1500)
+    few = Batch(test.x[:60], test.index[:60], test.label[:60])
+    monkeypatch.setattr(rddm, "digits", lambda train, seed, data=(train, few): data)
+    figures = low_light(Lab(0, budget=0.1))
+    assert figures["RDDM, 5 steps"]["PSNR"] > figures["DDIM, 5 steps"]["PSNR"] + 0.5
+    assert figures["RDDM, 5 steps"]["PSNR"] > figures["degraded"]["PSNR"] + 1

@@ -124,3 +124,16 @@ def test_a_run_that_explodes_is_told_apart():
     assert not page.descend(model, torch.optim.SGD(model.parameters(), 1e6), data, 20, 32, generator)
     model = page.network(nn.ReLU, 0)
     assert page.descend(model, torch.optim.SGD(model.parameters(), 0.1), data, 20, 32, generator)
+
+
+def test_rates_and_laws_are_judged_on_the_powers(monkeypatch):
+    power = {"sgd": 1.0, "adam": 0.5}
+
+    def largest_rates(lab, batches):
+        return {name: [p * math.log2(b) for b in batches] for name, p in power.items()}
+
+    monkeypatch.setattr(page, "largest_rates", largest_rates)
+    assert judge(page.laws, [page.laws(Lab(0))] * 5).verdict is Verdict.REPRODUCED
+    assert judge(page.rates, [page.rates(Lab(0))] * 5).verdict is Verdict.NOT_REPRODUCED  # it never saturates
+    power["sgd"] = 0.5
+    assert judge(page.laws, [page.laws(Lab(0))] * 5).verdict is Verdict.NOT_REPRODUCED

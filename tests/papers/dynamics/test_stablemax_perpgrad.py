@@ -72,7 +72,6 @@ def test_perpgrad_generalises_in_small_and_adamw_does_not():
     assert plain[-1]["test"] < 0.05
     assert plain[-1]["train"] == perp[-1]["train"] == 1
     assert plain[-1]["alignment"] > 0.4
-    assert page.steps_to(perp, 0.8) < page.steps_to(plain, 0.8) + 1
 
 
 def test_claim_on_perpgrad_can_fail():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from sfumato.claim import Verdict, judge
 from sfumato.data import Batch
 from sfumato.engine import fit
 from sfumato.engine.lab import Lab
@@ -77,10 +78,18 @@ def test_a_likelihood_is_trained_too(task):
 
 def test_claim_in_small(monkeypatch):
     monkeypatch.setattr(page, "ARMS", {k: page.ARMS[k] for k in ("plain", "ignite")})
-    figures = page.ascent(Lab(0, budget=0.15))
+    figures = page.ascent(Lab(0, budget=0.4))
     assert set(figures) == {"plain", "ignite"}
     assert all(f["best value"] >= f["median value"] > 1 for f in figures.values())
-    assert figures["ignite"]["gradient norm"] != figures["plain"]["gradient norm"]
+    assert figures["ignite"]["gradient norm"] < 0.95 * figures["plain"]["gradient norm"]
+
+
+def test_claim_can_fail():
+    good = {"plain": {"gradient norm": 5.0, "median value": 4.5}, "ignite": {"gradient norm": 3.5, "median value": 4.6}}
+    assert judge(page.ascent, [good] * 10).verdict is Verdict.REPRODUCED
+    for broken in ({"gradient norm": 4.5}, {"median value": 4.4}):
+        figures = {**good, "ignite": good["ignite"] | broken}
+        assert judge(page.ascent, [figures] * 10).verdict is Verdict.NOT_REPRODUCED
 
 
 def test_what_is_no_design_is_refused():

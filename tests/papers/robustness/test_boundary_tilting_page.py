@@ -8,7 +8,7 @@ from sfumato.claim import Verdict, judge
 from sfumato.engine.lab import Lab
 from sfumato.errors import BadSetting
 from sfumato.papers.robustness import boundary_tilting as page
-from sfumato.probes import deviation_angle
+from sfumato.probes import deviation_angle, matched_temperature
 
 
 def test_images_of_the_reference():
@@ -43,7 +43,7 @@ def test_temperature_and_confident_target():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)).eval()
     x = torch.rand(20, 8)
-    temperature = page.matched_temperature(net(x))
+    temperature = matched_temperature(net(x))
     assert (net(x) / temperature).softmax(1).amax(1).median().item() == pytest.approx(0.95, abs=1e-4)
     target = (net(x).argmax(1) + 1) % 3
     moved = page.confident_target(net, x, target, p=0.6, step=0.05, temperature=temperature, clip=(-5.0, 5.0))
@@ -51,7 +51,7 @@ def test_temperature_and_confident_target():
     assert (reached >= 0.6).float().mean() > 0.9
     assert torch.equal(page.confident_target(net, x, net(x).argmax(1), p=0.01), x)
     with pytest.raises(BadSetting, match="confidence"):
-        page.matched_temperature(net(x), 0.2)
+        matched_temperature(net(x), 0.2)
 
 
 def test_free_tilt_claim_holds_and_can_fail(monkeypatch):

@@ -227,7 +227,8 @@ def measured_spectrum(lab: Lab, sampled: Mapping[int, int]) -> Figures:
     for batch, count in sampled.items():
         settings: dict[str, Any] = {"batch": batch, "batches": lab.steps(count), "generator": generator}
         whole, parts = batch_hessians(model, F.cross_entropy, data, **settings)
-        figures.setdefault("full", dict(zip(("largest", "smallest"), ends(whole))))
+        if "full" not in figures:
+            figures["full"] = dict(zip(("largest", "smallest"), ends(whole)))
         largest, smallest = (sum(column) / len(parts) for column in zip(*map(ends, parts)))
         v = float(hessian_noise(model, F.cross_entropy, data, **settings).value)
         predicted = float(spiked_wigner(torch.tensor(figures["full"]["largest"]), v))
@@ -259,7 +260,7 @@ def spectrum(lab: Lab) -> Figures:
     Better("share of the rise", "theory", over="half of it"),
     seeds=range(100, 105),
     note="For batches of 16. The formula takes noise that is equal in all directions. That of a small classifier is not: v is "
-    "small along random directions, while the noise's own largest eigenvalue, which would be 2√v, is some thirty times that.",
+    "small along random directions, while the noise's own largest eigenvalue, which would be 2√v, is 20 to 30 times that.",
 )
 def magnitude(lab: Lab) -> Figures:
     """The rise of the largest eigenvalue as the theory has it, over the measured one; and the edge of the noise beside 2√v."""

@@ -395,8 +395,8 @@ def alignment(lab: Lab) -> Figures:
     Better("rank correlation", "test loss and alignment", over="minus nine tenths", higher=False),
     seeds=range(100, 105),
     note="alpha 1, epsilon 1/4. Spearman's correlation over all times from the end of fitting on, of a hundred in 10,000 steps; "
-    "the turn is from the first alignment to the last. It is no clean second stage at this size: a third of it was over when the "
-    "network had fitted, on the development seeds.",
+    "the turn is from the first alignment to the last. It is no clean second stage at this size: on the development seeds "
+    "0.3 to 0.5 of it was over when the network had fitted.",
 )
 def mechanism(lab: Lab) -> Figures:
     """Alignment of the kernel with the labels along training, and the test loss."""

@@ -2,7 +2,8 @@
 2025).
 
 Once a network fits, its gradient points along the weights: they grow, the logits grow, until exp(z_j − max z) is rounded away
-beside 1, every loss term is exactly 0 and learning ends. StableMax does not round to 1; perpGrad leaves that direction out.
+beside 1: many loss terms are exactly 0, and what gradient is left jumps instead of teaching. StableMax does not round to 1;
+perpGrad leaves that direction out.
 
 The parts are `sfumato.losses.stablemax_cross_entropy`, `sfumato.optim.PerpGrad` and the probe `sfumato.probes.softmax_collapse`;
 loss and optimizer train through `classifier`. This page trains the paper's network on modular arithmetic (`run`) and holds what

@@ -39,12 +39,12 @@ from sfumato.errors import BadCheckpoint, BadData, BadSetting, nearest
 from sfumato.losses.comp_sum_family import comp_sum
 from sfumato.losses.stable_softmax import symlog, widened
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
+from sfumato.nn.at_rest import eval_mode
 from sfumato.nn.masked_vit import MaskedViTEncoder
 from sfumato.optim.adahessian import AdaHessian
 from sfumato.optim.mfac import MFAC
 from sfumato.optim.perp_grad import PerpGrad
 from sfumato.optim.schedules import cosine_warmup, linear_ramp
-from sfumato.probes.functional_model import eval_mode
 
 OWN_MODELS = ("conv", "mlp", "vit")
 CUSTOMARY = {  # (learning rate, weight decay)
@@ -60,6 +60,9 @@ SHIFTS: dict[str, tuple[Callable[[Tensor], Objective], float]] = {"trades": (kl_
 """What an attack changes, added to the loss of the clean pictures, and its customary weight."""
 
 
+OptimizerName = Literal["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac", "perpgrad"]
+
+
 class SupervisedConfig(MethodConfig):
     """What a network, its optimizer and its pictures need; shared by classifier and regressor."""
 
@@ -70,7 +73,7 @@ class SupervisedConfig(MethodConfig):
     augment: bool = Field(True, description="random crops and flips while training")
     mean: float | tuple[float, ...] = Field(0.5, description="pixel mean that is subtracted (one number or one a channel)")
     std: float | tuple[float, ...] = Field(0.25, description="pixel deviation that is divided by (one number or one a channel)")
-    optimizer: Literal["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac", "perpgrad"] = Field(
+    optimizer: OptimizerName = Field(
         "sgd", description="what trains the weights; perpgrad: AdamW on gradients at right angles to them"
     )
     lr: float | None = Field(None, gt=0, description="learning rate; None: customary for the optimizer")

@@ -26,7 +26,7 @@ from typing_extensions import Self
 
 from sfumato.errors import BadData, BadSetting
 from sfumato.method import Batch, Context, Loss
-from sfumato.papers.optimization.classifier import Supervised, SupervisedConfig, build_network
+from sfumato.papers.optimization.classifier import OptimizerName, Supervised, SupervisedConfig, build_network
 
 
 class ConvStack(nn.Module):
@@ -57,8 +57,8 @@ class Regressor(Supervised):
         criterion: Literal["mse", "l1"] = Field("mse", description="squared or absolute difference")
         width: int = Field(64, gt=0, description="channels between convolutions, for pictures")
         depth: int = Field(12, gt=1, description="convolutions, for pictures")
-        optimizer: Literal["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac"] = Field(
-            "adamw", description="what trains the weights"
+        optimizer: OptimizerName = Field(
+            "adamw", description="what trains the weights; perpgrad: AdamW on gradients at right angles to them"
         )
         augment: bool = Field(False, description="random crops and flips while training")
 

@@ -190,12 +190,12 @@ def robust_figures(lab: Lab, **over: Any) -> dict[str, float]:
 @claim(
     "Smooth adversarial comp-sum training withstands PGD better than TRADES and is no less accurate on clean digits",
     Better("robust_accuracy", "smooth comp-sum", over="trades"),
-    Holds("clean accuracy is at most one point below TRADES", lambda f: _clean_loss(f) <= 0.01),
+    Holds("clean accuracy is not below TRADES", lambda f: _clean_loss(f) <= 0),
     seeds=range(100, 105),
     note="A small network on 8 x 8 digits, pixels moved by at most 0.1. The paper reports gains on wide residual networks after "
     "hundreds of epochs; here TRADES and plain PGD training were ahead on the development seeds at every weight that was tried. "
-    "The norm in the smooth loss is not squared: it shrinks the margins of all pictures, robust or not. Its weight, the rise "
-    "over the first fifth, and the one point allowed in clean accuracy are our choice.",
+    "The norm in the smooth loss is not squared: it shrinks the margins of all pictures, robust or not. Its weight and the "
+    "rise over the first fifth are our choice.",
 )
 def robustness(lab: Lab) -> Figures:
     """Clean and robust accuracy after plain, PGD, TRADES and smooth comp-sum training on digits."""
