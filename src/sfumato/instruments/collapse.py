@@ -28,11 +28,12 @@ from sfumato.engine import checkpoint
 from sfumato.engine.loading import load
 from sfumato.engine.run_folder import Run
 from sfumato.errors import BadData, BadSetting, Interrupted
+from sfumato.instruments.batching import Pairs
 from sfumato.instruments.classified import count_outputs
 from sfumato.instruments.findings import Findings, Plan, Plot, Section, Table
 from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.progress import Progress
-from sfumato.instruments.subject import ClassifierLike, Pairs, Subject
+from sfumato.instruments.subject import ClassifierLike, Subject
 from sfumato.instruments.timing import samples_that_fit, seconds_a_sample
 from sfumato.nn.at_rest import eval_mode, exact_arithmetic
 from sfumato.probes.collapse import between_whitening, class_stats, nc2, nc3, pooled_stats, self_duality

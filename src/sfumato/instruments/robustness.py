@@ -28,11 +28,12 @@ from torch import Tensor
 from sfumato.attacks.gradient_attacks import pgd
 from sfumato.attacks.minimal import deepfool
 from sfumato.errors import BadData, BadSetting, Interrupted
+from sfumato.instruments.batching import Pairs
 from sfumato.instruments.classified import count_outputs
 from sfumato.instruments.findings import Findings, Pictures, Plan, Plot, Section, Table
 from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.progress import Progress
-from sfumato.instruments.subject import Pairs, Subject
+from sfumato.instruments.subject import Subject
 from sfumato.instruments.timing import samples_that_fit, seconds_a_sample
 from sfumato.nn.at_rest import eval_mode, exact_arithmetic
 from sfumato.probes.boundary import local_geometry, matched_temperature

@@ -17,36 +17,35 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from sfumato.data import Batch, ImageSet, open_data
+from sfumato.data import Batch
 from sfumato.engine.loop import Options, accelerator
-from sfumato.engine.randomness import key
-from sfumato.engine.stream import Augmented, collate
 from sfumato.errors import BadData, BadSetting
+from sfumato.instruments.batching import Pairs, check_loss, cut, fitting, memory_for
 from sfumato.instruments.kinds import Setup
-from sfumato.instruments.model_words import load_into, make_timm, named_object, open_module, timm_input
+from sfumato.instruments.model_words import load_into, make_timm, open_module, timm_input
 from sfumato.instruments.own_loss import OwnLoss
+from sfumato.instruments.samples import (
+    Samples,
+    crop_to,
+    draw_samples,
+    given_samples,
+    is_pairs,
+    opened_images,
+    opened_samples,
+    read,
+)
 from sfumato.method import Method
-from sfumato.nn.at_rest import eval_mode, exact_arithmetic
+from sfumato.nn.at_rest import eval_mode
 from sfumato.probes.operators import LossFunction
-
-LOSSES: dict[str, LossFunction] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
-SAMPLES = 512
-LARGEST_BATCH = 256
-CURVATURE_COPIES = 8
-"""Activations of a batch that a Hessian product holds, compared with those of one forward pass: tangents and both gradients."""
-
-Pairs = list[tuple[Tensor, Tensor]]
 
 
 @runtime_checkable
@@ -198,13 +197,13 @@ def _device(device: str | None, found: nn.Module | None) -> torch.device:
 def _of_method(method: Method, name: str, data: Any, setup: Setup, seed: int) -> Subject:
     title = type(method).__name__
     name = title if name.startswith(f"{title}(") else name  # the module itself was given
-    images = _images(data, setup.split, getattr(method.config, "channels", None))
+    images = opened_images(data, setup.split, getattr(method.config, "channels", None))
     missing = next((f for f in method.needs if f not in images.facts.fields), None)
     if missing is not None:
         wanted = {"label": "one folder per class, or arrays with y", "target": "pairs:IN:TARGET, or arrays with target"}
         raise BadData(f"{title} needs a {missing} with every sample, and this data has none: give {wanted[missing]}")
-    index = _draw(len(images), setup, seed)
-    memory, device = _memory(setup, method.device), method.device
+    index = draw_samples(len(images), setup, seed)
+    memory, device = memory_for(setup, method.device), method.device
     facts = {"model": f"{title} run", "run": name, "data": str(images)}
     common: dict[str, Any] = {
         "device": device,
@@ -215,21 +214,21 @@ def _of_method(method: Method, name: str, data: Any, setup: Setup, seed: int) ->
     }
     if isinstance(method, ClassifierLike):
         size = getattr(method, "size", (setup.image_size or 224,) * 2)
-        whole = _read(images, index, None if images.facts.size else _crop(size), seed)
+        whole = read(images, index, None if images.facts.size else crop_to(size), seed)
         assert whole.label is not None
         with torch.no_grad():
             x = torch.cat([method.prepare(part.to(device)).cpu() for part in whole.x.split(64)])
-        pairs = _cut(method.network, method.criterion, (x, whole.label), setup, memory, device)
+        pairs = cut(method.network, method.criterion, (x, whole.label), setup, memory, device)
         loss_name = str(getattr(method.config, "loss", "cross_entropy"))
         return Subject(name=name, module=method.network, loss=method.criterion, loss_name=loss_name, batches=pairs, **common)
-    whole = _read(images, index, method.augment(), seed)
+    whole = read(images, index, method.augment(), seed)
     size = min(setup.batch_size or method.config.batch_size, len(whole))
     if setup.batch_size is None:
         one = OwnLoss(method, [_part(whole, slice(0, 1))], seed)
-        size = min(size, _fitting(one, _mean, one.pairs()[0], memory, device))
+        size = min(size, fitting(one, _mean, one.pairs()[0], memory, device))
     parts = [_part(whole, slice(i, i + size)) for i in range(0, len(whole), size)]
     module = OwnLoss(method, parts, seed)
-    _try(module, _mean, module.pairs()[0], device)
+    check_loss(module, _mean, module.pairs()[0], device)
     notes = ["the loss is the method's own, its noise drawn once and held, its schedules at the end of training"]
     return Subject(
         name=name, module=module, loss=_mean, loss_name="the method's own", batches=module.pairs(), separable=False,
@@ -249,34 +248,13 @@ def _part(batch: Batch, rows: slice) -> Batch:
 # Plain modules and timm models
 
 
-@dataclass
-class _Samples:
-    """Inputs and targets in one piece, the loss that compares them, and what they were before."""
-
-    inputs: Tensor
-    targets: Tensor
-    criterion: LossFunction
-    loss_name: str
-    told: str
-    classes: tuple[str, ...] | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def outputs(self) -> int | None:
-        """How many outputs a model needs for them; None: the data does not say."""
-        if self.targets is self.inputs:
-            return None
-        if self.targets.is_floating_point():
-            return self.targets[0].numel()
-        return len(self.classes) if self.classes else int(self.targets.max()) + 1
-
-
 def _of_module(
     found: nn.Module | None, model: Any, data: Any, setup: Setup, device: torch.device, chosen: tuple[Any, Any, int, int]
 ) -> Subject:
     loss, weights, seed, draw = chosen
     name = type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model)
     eats = timm_input(name.removeprefix("timm:")) if found is None else {}
-    samples = _given(data, loss, setup) if _is_pairs(data) else _opened(data, loss, setup, eats, seed)
+    samples = given_samples(data, loss, setup) if is_pairs(data) else opened_samples(data, loss, setup, eats, seed)
     notes = samples.notes
     if found is None:
         outputs = samples.outputs()
@@ -287,64 +265,16 @@ def _of_module(
         notes += load_into(found, Path(weights))
     found = found.to(device)
     pair = _lined_up(found, samples, device)
-    memory = _memory(setup, device)
+    memory = memory_for(setup, device)
     fresh = "random" if eats else "as given" if isinstance(model, nn.Module) else "as the factory made them"
     return Subject(
         name=name, module=found, loss=samples.criterion, loss_name=samples.loss_name, device=device, memory=memory, owner=found,
-        batches=_cut(found, samples.criterion, pair, setup, memory, device), classes=samples.classes, notes=notes,
+        batches=cut(found, samples.criterion, pair, setup, memory, device), classes=samples.classes, notes=notes,
         facts={"model": name, "weights": str(weights or fresh), "data": samples.told},
     )  # fmt: skip
 
 
-def _given(data: Iterable[Any], loss: Any, setup: Setup) -> _Samples:
-    """The first pairs of a person's own batches."""
-    inputs, targets = _collect(data, setup.samples or SAMPLES)
-    loss_name, criterion = _loss(loss, labelled=not targets.is_floating_point(), paired=True)
-    return _Samples(inputs, targets, criterion, loss_name, "pairs of inputs and targets")
-
-
-def _opened(data: Any, loss: Any, setup: Setup, eats: dict[str, Any], seed: int) -> _Samples:
-    """Samples from a place, of the size that a model needs, and standardised where it is one of timm's."""
-    images = _images(data, setup.split, eats.get("channels"))
-    size = _size(eats, images, setup)
-    labelled, paired = images.items.labelled, images.items.paired
-    loss_name, criterion = _loss(loss, labelled=labelled, paired=paired)
-    whole = _read(images, _draw(len(images), setup, seed), _crop((size, size)) if size else None, seed)
-    notes, inputs = [], whole.x
-    if size is not None and images.facts.size != (size, size):
-        notes.append(f"pictures are resized and cut to {size} x {size} pixels")
-    if eats and inputs.ndim == 4:
-        mean, std = (torch.tensor(eats[part]).view(-1, 1, 1) for part in ("mean", "std"))
-        inputs = (inputs - mean) / std
-        notes.append("pixels are standardised as timm does for this model")
-    order = (whole.target, whole.label) if loss_name == "mse" else (whole.label, whole.target)
-    targets = next((t for t in order if t is not None), inputs)
-    return _Samples(inputs, targets, criterion, loss_name, str(images), images.facts.classes, notes)
-
-
-def _loss(loss: str | LossFunction | None, *, labelled: bool, paired: bool) -> tuple[str, LossFunction]:
-    """The loss's name and the function; refused where the data lacks what it compares with."""
-    if loss is None:
-        loss = "cross_entropy" if labelled else "mse" if paired else None
-    if loss is None:
-        raise BadData(
-            "this data has neither labels nor targets: give one folder per class, arrays with y or target, pairs:IN:TARGET, "
-            "or --loss module:function, which is called with outputs and inputs"
-        )
-    if callable(loss):
-        return getattr(loss, "__name__", type(loss).__name__), loss
-    if loss == "cross_entropy" and not labelled:
-        raise BadData("cross_entropy needs a label with every sample: give one folder per class, or arrays with y")
-    if loss == "mse" and not paired:
-        raise BadData("mse needs a target with every sample: give pairs:IN:TARGET, or arrays with target")
-    if loss in LOSSES:
-        return loss, LOSSES[loss]
-    if ":" not in loss:
-        raise BadSetting(f"there is no loss {loss!r}: say {', '.join(LOSSES)} or module:function")
-    return loss, named_object(loss)
-
-
-def _lined_up(module: nn.Module, samples: _Samples, device: torch.device) -> tuple[Tensor, Tensor]:
+def _lined_up(module: nn.Module, samples: Samples, device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs and targets as the model's type and shape want them; a model that does not suit the data is refused."""
     kind = next(p.dtype for p in module.parameters())
     inputs, targets = (t.to(kind) if t.is_floating_point() else t for t in (samples.inputs, samples.targets))
@@ -376,113 +306,3 @@ def _forward(module: nn.Module, x: Tensor, device: torch.device) -> Tensor:
             f"the model gives a {type(outputs).__name__}, and a probe takes a tensor: wrap it in a module that picks one"
         )
     return outputs
-
-
-# Data
-
-
-def _is_pairs(data: Any) -> bool:
-    """Batches as the model takes them, rather than a place or images."""
-    if isinstance(data, torch.utils.data.DataLoader):
-        return True
-    first = data[0] if isinstance(data, list) and data else None
-    return isinstance(first, (tuple, list)) and len(first) == 2 and all(isinstance(t, Tensor) for t in first)
-
-
-def _collect(data: Iterable[Any], samples: int) -> tuple[Tensor, Tensor]:
-    """The first samples of batches, on the CPU."""
-    xs, ys, count = [], [], 0
-    for x, y in data:
-        xs.append(x.detach().cpu())
-        ys.append(y.detach().cpu())
-        count += len(x)
-        if count >= samples:
-            break
-    if not count:
-        raise BadData("the data is empty: give at least one pair (inputs, targets)")
-    return torch.cat(xs)[:samples], torch.cat(ys)[:samples]
-
-
-def _images(data: Any, split: str, channels: int | None) -> ImageSet:
-    images = open_data(data, split, channels=channels if channels in (1, 3) else None)
-    if images is None:
-        raise BadData("this data has no test part: say split=train")
-    return images
-
-
-def _draw(count: int, setup: Setup, seed: int) -> Tensor:
-    """Which samples, in random order, so that the first of them are a fair draw too."""
-    generator = torch.Generator().manual_seed(key(seed, "probe samples"))
-    return torch.randperm(count, generator=generator)[: setup.samples or SAMPLES]
-
-
-def _size(eats: dict[str, Any], images: ImageSet, setup: Setup) -> int | None:
-    """Pixels a side that pictures are brought to; None: they stay as they are."""
-    if setup.image_size or not images.items.sizes():
-        return setup.image_size
-    alike = images.facts.size
-    if not eats:
-        return None
-    return eats["size"] if eats["fixed"] or alike is None or alike[0] != alike[1] or alike[0] > eats["size"] else None
-
-
-def _crop(size: tuple[int, int]) -> Callable[..., Any]:
-    """The shorter side to the size, then the middle."""
-    from torchvision.transforms import v2
-
-    crop: Callable[..., Any] = v2.Compose([v2.Resize(min(size), antialias=True), v2.CenterCrop(size)])
-    return crop
-
-
-def _read(images: ImageSet, index: Tensor, transform: Callable[..., Any] | None, seed: int) -> Batch:
-    if transform is None:
-        return images.gather(index)
-    samples = Augmented(images, transform, seed)
-    return collate([samples[(0, i)] for i in index.tolist()])
-
-
-# Memory
-
-
-def _memory(setup: Setup, device: torch.device) -> int:
-    if setup.memory is not None:
-        return int(setup.memory * 1e9)
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 4_000_000_000
-
-
-def _cut(
-    module: nn.Module, loss: LossFunction, pair: tuple[Tensor, Tensor], setup: Setup, memory: int, device: torch.device
-) -> Pairs:
-    """Batches as large as the memory allows."""
-    first = (pair[0][:1], pair[1][:1])
-    _try(module, loss, first, device)
-    size = setup.batch_size or _fitting(module, loss, first, memory, device)
-    return list(zip(pair[0].split(size), pair[1].split(size)))
-
-
-def _try(module: nn.Module, loss: LossFunction, pair: tuple[Tensor, Tensor], device: torch.device) -> None:
-    """Refuse a loss that is no finite scalar."""
-    with eval_mode(module), torch.no_grad():
-        value = loss(module(pair[0].to(device)), pair[1].to(device))
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise BadSetting("the loss must be one number, the mean over the batch")
-    if not bool(torch.isfinite(value)):
-        raise BadData(f"the loss of the first sample is {float(value)}: check weights and data")
-
-
-def _fitting(module: nn.Module, loss: LossFunction, one: tuple[Tensor, Tensor], memory: int, device: torch.device) -> int:
-    """How many samples fit into half of the memory, from what one sample's forward pass keeps for its gradient."""
-    seen = {p.data_ptr() for p in module.parameters()}
-    kept = 0
-
-    def keep(t: Tensor) -> Tensor:
-        nonlocal kept
-        if t.data_ptr() not in seen:
-            seen.add(t.data_ptr())
-            kept += t.numel() * t.element_size()
-        return t
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
-    with eval_mode(module), exact_arithmetic(device.type), torch.enable_grad(), hooks:
-        loss(module(one[0].to(device)), one[1].to(device))
-    return max(1, min(LARGEST_BATCH, memory // 2 // (CURVATURE_COPIES * max(1, kept))))

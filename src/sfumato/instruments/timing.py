@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sfumato.instruments.batching import Pairs
+
 PIECE, GROWTH = 4, 8
 """Samples that are timed first, and how many times more where that was quick: a call has a cost of its own."""
 SHARE, LONGEST = 0.05, 3.0
 """Of the allowed time, what one timing may take; seconds, where no time was given."""
-
-Pairs = list[tuple[Tensor, Tensor]]
 
 
 def seconds_a_sample(
