@@ -10,13 +10,13 @@ from typing import Any
 
 from sfumato.claim import ENOUGH_SEEDS
 from sfumato.cli.console import hint, say, say_json, tell_data
-from sfumato.cli.train import duration
 from sfumato.data import open_data
 from sfumato.engine.arms import resolve
 from sfumato.engine.comparison import Comparison
 from sfumato.engine.comparison import compare as run_trials
 from sfumato.engine.loading import parse_settings
 from sfumato.errors import BadSetting, Interrupted
+from sfumato.report.run_report import duration
 
 
 def compare(

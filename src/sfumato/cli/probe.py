@@ -38,10 +38,10 @@ def probe(
     out: Path, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Prepare, measure, and write the page and the numbers into a new folder."""
-    from sfumato.cli.train import duration
     from sfumato.engine.loading import parse_settings
     from sfumato.instruments import Probe
     from sfumato.report.probe_report import with_error, write_probe_report
+    from sfumato.report.run_report import duration
 
     chosen = parse_settings(settings)
     for taken in chosen.keys() & {"kind", "model", "data", "other", "loss", "minutes", "weights", "device", "seed"}:

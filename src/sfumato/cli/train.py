@@ -23,6 +23,7 @@ from sfumato.engine.loading import parse_settings
 from sfumato.engine.rehearsal import rehearse
 from sfumato.errors import BadCheckpoint, BadSetting
 from sfumato.method import Method, capabilities
+from sfumato.report.run_report import duration
 
 
 def train(
@@ -142,14 +143,6 @@ def tell_cost(method: Method, images: Any, options: Options, minutes: float | No
         f"time: {cost.step_seconds:.3g} s a step, {total} steps, about {duration(cost.step_seconds * total)} in all\n"
         f"memory: {cost.memory / 2**30:.2f} GiB at the peak{'' if trainer.device.type == 'cuda' else ' (whole process)'}"
     )
-
-
-def duration(seconds: float) -> str:
-    """A span of time as a person says it."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def resolved_line(config: dict[str, Any]) -> str:

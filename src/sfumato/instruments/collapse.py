@@ -34,7 +34,7 @@ from sfumato.instruments.findings import Findings, Plan, Plot, Section, Table
 from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.progress import Progress
 from sfumato.instruments.subject import ClassifierLike, Subject
-from sfumato.instruments.timing import samples_that_fit, seconds_a_sample
+from sfumato.instruments.timing import samples_that_fit, seconds_a_sample, told_cut
 from sfumato.nn.at_rest import eval_mode, exact_arithmetic
 from sfumato.probes.collapse import between_whitening, class_stats, nc2, nc3, pooled_stats, self_duality
 
@@ -71,7 +71,7 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
     if settings.checkpoints is None and limit is not None:
         earlier = max(0, min(earlier, int(limit / one) - 1))
     chosen = {"samples": less.count, "layer": name, "checkpoints": earlier}
-    notes = (f"only {less.count} samples were taken, to fit the time: more minutes take more",) if less is not subject else ()
+    notes = told_cut(less.count, subject.count)
     return Plan(chosen, one * (1 + earlier), limit, PASSES * len(less.batches) * (1 + earlier), notes)
 
 

@@ -28,7 +28,7 @@ from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.model_words import difference
 from sfumato.instruments.progress import Progress
 from sfumato.instruments.subject import Subject
-from sfumato.instruments.timing import samples_that_fit, seconds_a_sample
+from sfumato.instruments.timing import samples_that_fit, seconds_a_sample, told_cut
 from sfumato.nn.at_rest import eval_mode
 from sfumato.probes.paths import Curve, State, barrier, fork_geometry, layerwise_barrier, path_loss
 from sfumato.probes.permutation import match_permutation
@@ -82,7 +82,7 @@ def plan(a: Subject, b: Subject, settings: Settings, minutes: float | None) -> P
         "samples": samples, "positions": alphas, "groups of layers": sizes[depth], "depth": depth, "lines": lines,
         "seconds a position": one,
     }  # fmt: skip
-    notes = (f"only {samples} samples were taken, to fit the time: more minutes take more",) if samples < a.count else ()
+    notes = told_cut(samples, a.count)
     return Plan(chosen, positions * one, limit, positions * readings * len(a.first(samples).batches), notes)
 
 

@@ -31,7 +31,7 @@ from sfumato.instruments.gradient import loss_and_gradient
 from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.progress import Progress
 from sfumato.instruments.subject import Subject
-from sfumato.instruments.timing import samples_that_fit, seconds_a_sample, seconds_of
+from sfumato.instruments.timing import samples_that_fit, seconds_a_sample, seconds_of, told_cut
 from sfumato.nn.flat import layer_slices
 from sfumato.probes.krylov import Lanczos, lanczos, smoothed_spectrum
 from sfumato.probes.linear_operator import LinearOperator
@@ -45,8 +45,6 @@ MOST_STEPS, MOST_STARTS = 100, 16
 GRID = 512
 ENOUGH, FEWEST = 40, 16
 """Products for which samples are left out where the time is short, and how many samples are kept at least."""
-OVERRUN = 1.2
-"""Share of the allowed time at which no further start is begun."""
 NEGATIVE = 1e-4
 """Share of the largest size below which an eigenvalue counts as zero."""
 UNSURE = 0.5
@@ -88,7 +86,7 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
         steps, starts = choose(limit, cost, longest)
         steps, starts = min(settings.steps or steps, size), settings.starts or starts
         cost = sum(seconds.values()) + len(seconds) * 2 * steps * dot
-    notes = [f"only {samples} samples were taken, to fit the time: more minutes take more"] if samples < subject.count else []
+    notes = [*told_cut(samples, subject.count)]
     if settings.steps is None and steps == room < min(MOST_STEPS, size):
         notes.append(f"memory holds {room} Lanczos vectors of {size:,} numbers; --set memory=GB allows more")
     products = steps * starts
@@ -126,7 +124,7 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
         progress.stage("gradient")
         at = _gradient(subject, settings, data)
         for start in range(starts):
-            late = plan.limit is not None and start > 0 and progress.seconds * (start + 1) / start > OVERRUN * plan.limit
+            late = progress.late(start, plan.limit)
             if late:
                 break
             z = torch.randint(2, (plan.chosen["dimension"],), generator=generator, device=generator.device, dtype=torch.int8)

@@ -28,7 +28,7 @@ from sfumato.instruments.gradient import loss_and_gradient
 from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.progress import Progress
 from sfumato.instruments.subject import Subject
-from sfumato.instruments.timing import samples_that_fit, seconds_a_sample
+from sfumato.instruments.timing import samples_that_fit, seconds_a_sample, told_cut
 from sfumato.losses.stable_softmax import cross_entropy_at
 from sfumato.nn.at_rest import eval_mode, exact_arithmetic
 from sfumato.probes.numerics import nlm_alignment, softmax_collapse, zero_loss_fraction
@@ -55,7 +55,7 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
     sample = seconds_a_sample(lambda pairs: loss_and_gradient(subject, pairs), subject.batches[0], limit, subject.device)
     fitting = samples_that_fit(subject.count, sample, PASSES, limit, FEWEST)
     less = subject.first(settings.samples or fitting)
-    notes = (f"only {less.count} samples were taken, to fit the time: more minutes take more",) if less is not subject else ()
+    notes = told_cut(less.count, subject.count)
     return Plan({"samples": less.count}, PASSES * less.count * sample, limit, PASSES * len(less.batches), notes)
 
 

@@ -20,6 +20,9 @@ from typing import Any
 
 from sfumato.engine.loop import stop_signals
 
+OVERRUN = 1.2
+"""Share of the allowed time that a further piece may reach."""
+
 
 class Stop(Exception):
     """Ctrl-C or SIGTERM arrived; carried to the nearest `Progress.until_stopped`."""
@@ -62,6 +65,10 @@ class Progress:
     def seconds(self) -> float:
         """Since it began."""
         return time.monotonic() - self.started
+
+    def late(self, done: int, limit: float | None) -> bool:
+        """Whether one more piece, as long as the `done` ones were, would go far beyond the limit in seconds."""
+        return limit is not None and done > 0 and self.seconds * (done + 1) / done > OVERRUN * limit
 
     def stage(self, text: str) -> None:
         """Say what is going on now."""

@@ -34,7 +34,7 @@ from sfumato.instruments.findings import Findings, Pictures, Plan, Plot, Section
 from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.progress import Progress
 from sfumato.instruments.subject import Subject
-from sfumato.instruments.timing import samples_that_fit, seconds_a_sample
+from sfumato.instruments.timing import samples_that_fit, seconds_a_sample, told_cut
 from sfumato.nn.at_rest import eval_mode, exact_arithmetic
 from sfumato.probes.boundary import local_geometry, matched_temperature
 from sfumato.probes.collapse import class_stats, pooled_stats
@@ -44,7 +44,7 @@ SHARES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Radii of PGD, by the median first-order distance."""
 USUAL_STEPS, LINEARISATIONS = 12, 30
 """Steps that DeepFool takes: of the slowest sample of a batch as a rule, for the plan; and at most."""
-FEWEST, OVERRUN = 8, 1.2
+FEWEST = 8
 PICTURES = 4
 
 
@@ -86,7 +86,7 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
     radii = len(settings.radii or SHARES)
     sample = one * (2 + radii * settings.steps) + USUAL_STEPS * linear
     less = subject.first(settings.samples or samples_that_fit(subject.count, sample, 1, limit, FEWEST))
-    notes = (f"only {less.count} samples were taken, to fit the time: more minutes take more",) if less is not subject else ()
+    notes = told_cut(less.count, subject.count)
     return Plan({"samples": less.count, "radii": radii}, less.count * sample, limit, 2 * len(less.batches), notes)
 
 
@@ -107,7 +107,7 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
         radii = _radii(subject, settings, found["samples"])
         progress.stage("attacks")
         for done, (x, y) in enumerate(as_batches(data, subject.device)):
-            late = plan.limit is not None and done > 0 and progress.seconds * (done + 1) / done > OVERRUN * plan.limit
+            late = progress.late(done, plan.limit)
             if late:
                 break
             parts.append(_attacked(subject, settings, x, y, radii, generator, shown))

@@ -50,6 +50,11 @@ def samples_that_fit(count: int, seconds: float, times: int, limit: float | None
     return count if limit is None else min(count, max(fewest, int(limit / (times * seconds))))
 
 
+def told_cut(count: int, of: int) -> tuple[str, ...]:
+    """The note that only `count` samples `of` so many are looked at; empty where all are."""
+    return (f"only {count} samples were taken, to fit the time: more minutes take more",) if count < of else ()
+
+
 def seconds_of(work: Callable[[], object], device: torch.device, patience: float = LONGEST) -> float:
     """Seconds of `work`: the faster of two runs, or of one that took longer than `patience`."""
     found: list[float] = []

@@ -81,6 +81,8 @@ def duration(seconds: float) -> str:
         return "–"
     if seconds < 60:
         return f"{seconds:.1f} s"
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:.1f} days"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
