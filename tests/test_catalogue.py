@@ -204,3 +204,14 @@ def test_refresh_writes_only_what_changed(tmp_path, monkeypatch):
         assert catalogue.load()["hpm"] == ROWS["hpm"]
     finally:
         catalogue.load.cache_clear()
+
+
+@pytest.mark.parametrize("slug", [slug for slug, row in catalogue.load().items() if row.built and catalogue.record(slug)])
+def test_a_record_is_of_the_claims_as_they_are_now(slug):
+    claims, stored = catalogue.load_claim(slug), catalogue.record(slug)["claims"]
+    assert set(claims) == {c["name"] for c in stored}
+    for c in stored:
+        claim = claims[c["name"]]
+        assert (claim.statement, claim.note) == (c["statement"], c["note"])
+        assert [str(condition) for condition in claim.conditions] == [f["condition"] for f in c["findings"]]
+        assert set(c["figures"]) == {str(seed) for seed in claim.seeds}
