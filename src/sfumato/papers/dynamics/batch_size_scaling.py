@@ -244,8 +244,8 @@ def measured_spectrum(lab: Lab, sampled: Mapping[int, int]) -> Figures:
     Better("largest", "batch 256", over="full"),
     seeds=range(100, 105),
     note="Digits, 64-64-64-10, 150 steps. The direction alone needs no random-matrix theory: the largest eigenvalue is a convex "
-    "function of the matrix, so a mean over batches can only be larger. The size of the effect is judged by `magnitude`. The last "
-    "condition is weak: with other batches drawn, an earlier run of the same seeds gave 0.06 [-0.48, 0.60], inconclusive.",
+    "function of the matrix, so a mean over batches can only be larger. The size of the effect is judged by `magnitude`. The "
+    "last condition is weak: with other batches drawn, an earlier run of the same seeds gave 0.06 [-0.48, 0.60], inconclusive.",
 )
 def spectrum(lab: Lab) -> Figures:
     """Extreme eigenvalues of batch Hessians against batch size."""
