@@ -41,7 +41,7 @@ def losses(method: Plain, images: Tensor, steps: int) -> list[float]:
     """The loss under 8 masks after a training: what the loops have to agree on."""
     x = method.normalised(images)
     with torch.no_grad():
-        return [float(method.masked_loss(x, method.mask(len(x), torch.Generator(), k / 8))) for k in range(8)]
+        return [float(method.masked_loss(x, method.mask(x, torch.Generator(), k / 8))) for k in range(8)]
 
 
 def engine(images: Tensor, steps: int) -> Run:

@@ -28,17 +28,17 @@ def test_only_the_sampler_differs_from_mae():
     assert ours.state_dict().keys() == mae.state_dict().keys()  # the bank is not in the checkpoint
     for a, b in zip(ours.parameters(), mae.parameters(), strict=True):
         assert torch.equal(a, b)
-    hidden = mae.mask(4, torch.Generator().manual_seed(0))
     x = mae.normalised(torch.rand(4, 3, 16, 16))
+    hidden = mae.mask(x, torch.Generator().manual_seed(0))
     assert torch.equal(ours.masked_loss(x, hidden), mae.masked_loss(x, hidden))
 
 
 def test_the_bank_comes_from_its_seed():
     a, b, c = build(), build(), build(bank_seed=1)
-    g = lambda: torch.Generator().manual_seed(3)  # noqa: E731
-    assert torch.equal(a.mask(8, g()), b.mask(8, g()))
-    assert not torch.equal(a.mask(8, g()), c.mask(8, g()))
-    assert (a.mask(8, g()).sum(1) == 12).all()
+    g, x = lambda: torch.Generator().manual_seed(3), torch.zeros(8, 3, 16, 16)
+    assert torch.equal(a.mask(x, g()), b.mask(x, g()))
+    assert not torch.equal(a.mask(x, g()), c.mask(x, g()))
+    assert (a.mask(x, g()).sum(1) == 12).all()
 
 
 @pytest.mark.parametrize("color", ["green", "red", "blue", "purple", "white"])
@@ -58,7 +58,7 @@ def test_masks_of_the_model_have_the_colour_of_fresh_ones():
         return (m[:, :, 1:] == m[:, :, :-1]).float().mean().item()
 
     g = torch.Generator().manual_seed(0)
-    bank = agreement(build(image_size=32, bank_count=256).mask(500, g))
+    bank = agreement(build(image_size=32, bank_count=256).mask(torch.zeros(500, 3, 32, 32), g))
     fresh, white = (agreement(color_noise_mask(500, 8, 0.75, color=c, generator=g)) for c in ("green", "white"))
     assert bank == pytest.approx(fresh, abs=0.02)
     assert bank > white + 0.05

@@ -71,7 +71,7 @@ def test_the_loss_is_the_official_one(norm_pix):
 def test_the_training_loss_put_together_by_hand():
     mae, x = build(), images()
     loss = mae.loss(batch(x), context())
-    hidden = mae.mask(4, torch.Generator().manual_seed(0))
+    hidden = mae.mask(x, torch.Generator().manual_seed(0))
     normal = (x - torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
     pred = mae.decoder(mae.encoder(normal, hidden), hidden)
     assert torch.allclose(loss.value, masked_patch_mse(pred, patchify(normal, 4), hidden), atol=1e-6)
@@ -88,7 +88,7 @@ def test_pictures_of_another_size_are_refused_in_one_line(shape):
 def test_simmim_loss_is_their_formula():
     """Σ |x - x̂| m / (Σ m + 1e-5) / C over single-channel masks."""
     model, x = build(SimMIM), images()
-    hidden = model.mask(4, torch.Generator().manual_seed(0))
+    hidden = model.mask(images(), torch.Generator().manual_seed(0))
     assert hidden.sum(1).tolist() == [12] * 4  # ceil(4 units * 0.6) = 3 of four tokens each
     normal = model.normalised(x)
     m = upsample_mask(hidden, 4, 4).float()
@@ -100,9 +100,23 @@ def test_simmim_loss_is_their_formula():
 def test_hidden_pixels_reach_nothing_but_the_target(kind):
     model = build(kind, **({"norm_pix": False} if kind is MAE else {})).eval()
     x = model.normalised(images())
-    hidden = model.mask(4, torch.Generator().manual_seed(0))
+    hidden = model.mask(images(), torch.Generator().manual_seed(0))
     other = torch.where(upsample_mask(hidden, 4, 4), images(seed=1), x)
     assert torch.equal(model.predict_image(x, hidden), model.predict_image(other, hidden))
+
+
+def test_views_of_an_image_share_its_pixels():
+    """Masks of two views: the loss is the mean of the views' losses, however the views are told apart."""
+    mae, x = build(), images()
+    first, second = (mae.mask(x, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    mae.own_mask = lambda *_: torch.cat((first, second))
+    normal = mae.normalised(x)
+    expected = (mae.masked_loss(normal, first) + mae.masked_loss(normal, second)) / 2
+    loss = mae.loss(batch(x), context())
+    assert loss.value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.weight == 4
+    assert mae.evaluate([batch(x)])["masked_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert mae.preview(batch(x), torch.Generator())["masked"].shape == (4, 3, 16, 16)
 
 
 def test_learning_rate_and_groups():
@@ -166,7 +180,7 @@ def test_preview_keeps_what_was_visible(kind, norm_pix):
     rows = model.preview(batch(images(size=20)), torch.Generator().manual_seed(0))
     assert list(rows) == ["picture", "masked", "reconstruction"]
     assert all(r.shape == (4, 3, 16, 16) and r.min() >= 0 and r.max() <= 1 for r in rows.values())
-    pixels = upsample_mask(model.mask(4, torch.Generator().manual_seed(0)), 4, 4).expand(-1, 3, -1, -1)
+    pixels = upsample_mask(model.mask(images(), torch.Generator().manual_seed(0)), 4, 4).expand(-1, 3, -1, -1)
     assert torch.equal(rows["reconstruction"][~pixels], rows["picture"][~pixels])
     assert (rows["masked"][pixels] == 0.5).all()
 
@@ -181,7 +195,7 @@ def test_a_perfect_prediction_previews_as_the_picture():
     )
     rows = mae.preview(batch(x), torch.Generator().manual_seed(0))
     assert torch.allclose(rows["reconstruction"], x, atol=1e-5)
-    assert torch.allclose(mae.predict_image(normal, mae.mask(4, torch.Generator())), unpatchify(patches, 4, 4, 3), atol=1e-5)
+    assert torch.allclose(mae.predict_image(normal, mae.mask(normal, torch.Generator())), unpatchify(patches, 4, 4, 3), atol=1e-5)
 
 
 def test_evaluation_repeats_and_weighs_batches_by_their_size():

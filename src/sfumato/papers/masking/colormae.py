@@ -10,7 +10,7 @@ arXiv 2407.13036. The σ of the authors' pattern files are not published; (1, 2)
 >>> import torch
 >>> from sfumato.papers.masking.colormae import ColorMAE
 >>> model = ColorMAE(ColorMAE.Config.small(color="green"))
->>> hidden = model.mask(2, torch.Generator().manual_seed(0))
+>>> hidden = model.mask(torch.zeros(2, 3, 32, 32), torch.Generator().manual_seed(0))
 >>> hidden.shape, hidden.sum(1).tolist()
 (torch.Size([2, 64]), [48, 48])
 """
@@ -55,9 +55,9 @@ class ColorMAE(MAE):
         c, generator = self.config, torch.Generator().manual_seed(self.config.bank_seed)
         self.bank = NoiseBank(c.color, count=c.bank_count, size=c.bank_size, sigma=c.sigma, generator=generator)
 
-    def mask(self, batch_size: int, generator: torch.Generator, progress: float = 1.0) -> Tensor:
+    def own_mask(self, x: Tensor, generator: torch.Generator, progress: float = 1.0) -> Tensor:
         """A window of the bank for every sample: its largest values are kept, exactly as many as MAE keeps."""
-        return self.bank.sample(batch_size, self.encoder.grid, self.config.mask_ratio, generator=generator)
+        return self.bank.sample(len(x), self.encoder.grid, self.config.mask_ratio, generator=generator)
 
 
 # ---- claim A: what the colours do to a mask, without training

@@ -11,8 +11,8 @@ Source: He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arXi
 >>> mae.encode(torch.rand(2, 3, 50, 70)).shape
 torch.Size([2, 64])
 
-A variant of MAE overrides `mask`; one with another network is a `MaskedImageModel` with a `predict_image` and `masked_loss` of
-its own.
+A variant of MAE overrides `own_mask`; one with another network is a `MaskedImageModel` with a `predict_image` and `masked_loss`
+of its own.
 """
 
 from __future__ import annotations
@@ -85,8 +85,17 @@ class MaskedImageModel(Method):
 
     # ---- what a subclass says
 
-    def mask(self, batch_size: int, generator: torch.Generator, progress: float = 1.0) -> Tensor:
-        """Which patches to hide, `[B, L]` bool; `progress` of the training, for masks that grow harder."""
+    def own_mask(self, x: Tensor, generator: torch.Generator, progress: float = 1.0) -> Tensor:
+        """Which patches the paper hides.
+
+        Args:
+            x: normalised images `[B, C, H, W]`, for masks that look at them.
+            generator: source of the draw.
+            progress: share of the training that is done, for masks that grow harder.
+
+        Returns:
+            `[B, L]` bool, or `[V B, L]` for V views of each image, all first views first.
+        """
         raise NotImplementedError
 
     def masked_loss(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -103,6 +112,10 @@ class MaskedImageModel(Method):
 
     # ---- training
 
+    def mask(self, x: Tensor, generator: torch.Generator, progress: float = 1.0) -> Tensor:
+        """Which patches to hide, `[B, L]` or `[V B, L]` bool; arguments as for `own_mask`."""
+        return self.own_mask(x, generator, progress)
+
     def loss(self, batch: Batch, ctx: Context) -> Loss:
         """Draw a mask, predict what it hides.
 
@@ -112,8 +125,9 @@ class MaskedImageModel(Method):
         (height, width), side = batch.x.shape[-2:], self.config.image_size
         if (height, width) != (side, side):
             raise BadData(f"pictures are {height} x {width}, the network takes {side} x {side}: set image_size, or crop them")
-        hidden = self.mask(len(batch), ctx.generator, ctx.progress)
-        return Loss(self.masked_loss(self.normalised(batch.x), hidden), len(batch))
+        x = self.normalised(batch.x)
+        hidden = self.mask(x, ctx.generator, ctx.progress)
+        return Loss(self.masked_loss(as_views(x, hidden), hidden), len(batch))
 
     def steps(self, ctx: Context) -> Any:
         """One step of AdamW at this moment's learning rate."""
@@ -179,9 +193,10 @@ class MaskedImageModel(Method):
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures, what is left of them, and visible pixels with predicted hidden ones."""
         picture = _fitted(batch.x, self.config.image_size)
-        hidden = self.mask(len(picture), generator)
+        x = self.normalised(picture)
+        hidden = self.mask(x, generator)[: len(x)]
         pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch)
-        predicted = self.predict_image(self.normalised(picture), hidden) * self.std + self.mean
+        predicted = self.predict_image(x, hidden) * self.std + self.mean
         return {
             "picture": picture,
             "masked": fill(picture, pixels, how="color", value=0.5),
@@ -195,7 +210,8 @@ class MaskedImageModel(Method):
         total = count = 0.0
         for batch in batches:
             x = self.normalised(_fitted(batch.x, self.config.image_size))
-            total += float(self.masked_loss(x, self.mask(len(batch), generator))) * len(batch)
+            hidden = self.mask(x, generator)
+            total += float(self.masked_loss(as_views(x, hidden), hidden)) * len(batch)
             count += len(batch)
         return {"masked_loss": total / count} if count else {}
 
@@ -241,9 +257,9 @@ class MAE(MaskedImageModel):
             c.dim, c.decoder_dim, c.decoder_depth, c.decoder_heads, numbers, self.encoder.grid, mlp_ratio=c.mlp_ratio
         )
 
-    def mask(self, batch_size: int, generator: torch.Generator, progress: float = 1.0) -> Tensor:
+    def own_mask(self, x: Tensor, generator: torch.Generator, progress: float = 1.0) -> Tensor:
         """Uniformly random, exactly L - floor(L (1 - ratio)) a sample."""
-        return random_mask(batch_size, self.encoder.grid, self.config.mask_ratio, generator=generator)
+        return random_mask(len(x), self.encoder.grid, self.config.mask_ratio, generator=generator)
 
     def predict_patches(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Numbers for every patch, `[B, L, p²C]`, from the visible ones."""
@@ -261,6 +277,12 @@ class MAE(MaskedImageModel):
             mean, var = patch_statistics(patchify(x, c.patch))
             predicted = predicted * var.sqrt() + mean
         return unpatchify(predicted, c.patch, self.encoder.grid, self.channels)
+
+
+def as_views(x: Tensor, hidden: Tensor) -> Tensor:
+    """Images repeated for the rows of their masks, `[V B, C, H, W]`: all first views first."""
+    views = len(hidden) // len(x)
+    return x if views == 1 else x.repeat(views, *(1,) * (x.ndim - 1))
 
 
 def _fitted(x: Tensor, size: int) -> Tensor:

@@ -9,8 +9,9 @@ Source: Xie et al. 2021, "SimMIM: A Simple Framework for Masked Image Modeling",
 >>> import torch
 >>> from sfumato.papers.masking.simmim import SimMIM
 >>> model = SimMIM(SimMIM.Config.small())
->>> hidden = model.mask(2, torch.Generator().manual_seed(0))
->>> hidden.sum(1).tolist(), model.predict_image(torch.zeros(2, 3, 32, 32), hidden).shape
+>>> x = torch.zeros(2, 3, 32, 32)
+>>> hidden = model.mask(x, torch.Generator().manual_seed(0))
+>>> hidden.sum(1).tolist(), model.predict_image(x, hidden).shape
 ([40, 40], torch.Size([2, 3, 32, 32]))
 """
 
@@ -69,10 +70,10 @@ class SimMIM(MaskedImageModel):
         self.mask_token = nn.Parameter(0.02 * torch.randn(c.dim))
         self.head = PixelShuffleHead(c.dim, c.patch, self.channels)
 
-    def mask(self, batch_size: int, generator: torch.Generator, progress: float = 1.0) -> Tensor:
+    def own_mask(self, x: Tensor, generator: torch.Generator, progress: float = 1.0) -> Tensor:
         """Units of patches, the ceiling of their share."""
         c = self.config
-        return block_mask(batch_size, self.encoder.grid, c.mask_ratio, unit=c.mask_unit // c.patch, generator=generator)
+        return block_mask(len(x), self.encoder.grid, c.mask_ratio, unit=c.mask_unit // c.patch, generator=generator)
 
     def masked_loss(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Absolute error of the hidden pixels."""
