@@ -105,6 +105,6 @@ def adahessian(quick: bool) -> Iterator[Heat]:
             f"{name}, {len(start) / 1e6:.2g} M weights, batch 64",
             {"sfumato": partial(ours, make, batch), **peers},
             checks={"sfumato": partial(ours, make, batch, given=True), **peers},
-            tolerance=1e-3,
+            tolerance=5e-3,  # where a weight's curvature nearly cancels, its update carries float32's rounding a thousandfold
             difference=partial(difference_of_updates, start),
         )

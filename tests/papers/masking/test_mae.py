@@ -229,8 +229,8 @@ def test_starting_from_another_run():
 
 def test_a_variant_overrides_the_mask_alone():
     class Left(MAE):
-        def mask(self, batch_size, generator, progress=1.0):
-            return (torch.arange(16) % 4 < 2).expand(batch_size, -1)
+        def own_mask(self, x, generator, progress=1.0):
+            return (torch.arange(16) % 4 < 2).expand(len(x), -1)
 
     model = Left(build().config)
     assert isinstance(model, MaskedImageModel)
