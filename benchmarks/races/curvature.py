@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -68,8 +69,14 @@ def pyhessian_operator(net: nn.Module, data: Batches) -> Any:
 
 
 def our_product(net: nn.Module, data: Batches, v: Tensor) -> Run:
-    operator = HessianOperator(net, LOSS, data)
-    return lambda: operator @ v
+    """As within `eigs` and `spectral_density`: weights and data stay."""
+    operator, stack = HessianOperator(net, LOSS, data), ExitStack()
+    stack.enter_context(operator.held())
+
+    def run(_open: ExitStack = stack) -> Tensor:
+        return operator @ v
+
+    return run
 
 
 def curvlinops_product(net: nn.Module, data: Batches, v: Tensor) -> Run:
@@ -176,9 +183,9 @@ def pyhessian_density(net: nn.Module, data: Batches, steps: int) -> Run:
 
 @race(
     "Curvature: Hessian-vector products, the largest eigenvalue, the spectral density",
-    "For one vector ours differentiates reverse over reverse, curvlinops forward over reverse. pyhessian does as ours, but for a "
-    "single batch it keeps the graph of the gradient from one product to the next, which holds its memory and saves a forward "
-    "and a backward pass, and it leaves out what ours sees to (eval mode, exact arithmetic, the module as it was), which a small "
+    "For one vector ours differentiates reverse over reverse, curvlinops forward over reverse. pyhessian does as ours; both keep "
+    "the graph of the gradient of a single batch from one product to the next, which saves a forward and a backward pass. It "
+    "leaves out what ours sees to (eval mode, exact arithmetic, the module as it was), which a small "
     "network feels. The eigenvalue depends on how many products are needed: Lanczos looked at after every fifth (ours), "
     "ARPACK (curvlinops, through scipy), the power iteration (pyhessian), which watches the change of a step and is therefore "
     "given a tenth of the tolerance. For the density ours re-orthogonalises twice, "

@@ -65,6 +65,37 @@ def test_batches_of_unequal_size_make_no_difference(kind, name):
         torch.testing.assert_close(OPERATORS[name](net, loss, data, chunk=10).dense(), whole, atol=1e-12, rtol=0)
 
 
+def test_a_held_hessian_of_one_batch_looks_once_and_forgets(kind):
+    """Equal products from one forward pass; weights that change afterwards are seen."""
+    net, loss, data = problem(kind)
+    calls = []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    hessian = HessianOperator(net, loss, data)
+    expected = vector(f"{kind}_{DENSE['HV']}")
+    with hessian.held():
+        for v in torch.eye(len(expected), dtype=torch.float64)[:5]:
+            assert torch.allclose(hessian @ v, expected @ v, atol=1e-9)
+        with hessian.held():  # as `eigs` does inside
+            hessian @ torch.ones(len(expected))
+    assert len(calls) == 1
+    before = hessian @ torch.ones(len(expected))
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    with hessian.held():
+        assert not torch.allclose(hessian @ torch.ones(len(expected)), before)
+
+
+def test_over_batches_nothing_is_held(kind):
+    net, loss, (x, y) = problem(kind)
+    calls = []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    hessian = HessianOperator(net, loss, [(x[:3], y[:3]), (x[3:], y[3:])])
+    with hessian.held():
+        for _ in range(3):
+            hessian @ torch.ones(hessian.shape[0])
+    assert len(calls) == 6
+
+
 def test_gauss_newton_and_fisher_are_positive_and_not_equal(kind):
     ops = {name: op(*problem(kind)).dense() for name, op in OPERATORS.items()}
     for name in ("GV", "EV"):

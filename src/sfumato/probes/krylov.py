@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadData, BadSetting
-from sfumato.probes.linear_operator import LinearOperator
+from sfumato.probes.linear_operator import LinearOperator, held
 
 __all__ = ["Density", "Eigenpairs", "Lanczos", "eigs", "lanczos", "smoothed_spectrum", "spectral_density", "svds"]
 
@@ -186,24 +186,25 @@ def eigs(
     basis[:, 0] /= basis[:, 0].norm()
     projected = torch.zeros(size, size, dtype=op.dtype, device=op.device)
     kept, products = 0, 0
-    while True:
-        for start, stop in itertools.pairwise([kept, *range(max(kept, 2 * k) + 5, size, 5), size]):
-            last = _extend(op, basis, projected, start, stop, generator)
-            products += stop - start
-            square = projected[:stop, :stop]
-            values, s = torch.linalg.eigh((square + square.T) / 2)
-            order = _order(values, which)
-            values, s = values[order], s[:, order]
-            converged = bool(((last * s[-1, :k]).abs() <= max(tol, torch.finfo(op.dtype).eps) * values.abs().max()).all())
-            if converged or stop == d or products >= max_iter:
-                vectors = torch.linalg.qr(basis[:, :stop] @ s[:, :k])[0]
-                images = op @ vectors
-                values = (vectors * images).sum(0)
-                return Eigenpairs(values, vectors, (images - vectors * values).norm(dim=0))
-        kept = min(k + (size - k) // 2, size - 1)
-        basis[:, : kept + 1] = torch.cat([basis[:, :size] @ s[:, :kept], basis[:, size:]], 1)
-        projected.zero_()
-        projected.diagonal()[:kept] = values[:kept]
+    with held(op):
+        while True:
+            for start, stop in itertools.pairwise([kept, *range(max(kept, 2 * k) + 5, size, 5), size]):
+                last = _extend(op, basis, projected, start, stop, generator)
+                products += stop - start
+                square = projected[:stop, :stop]
+                values, s = torch.linalg.eigh((square + square.T) / 2)
+                order = _order(values, which)
+                values, s = values[order], s[:, order]
+                converged = bool(((last * s[-1, :k]).abs() <= max(tol, torch.finfo(op.dtype).eps) * values.abs().max()).all())
+                if converged or stop == d or products >= max_iter:
+                    vectors = torch.linalg.qr(basis[:, :stop] @ s[:, :k])[0]
+                    images = op @ vectors
+                    values = (vectors * images).sum(0)
+                    return Eigenpairs(values, vectors, (images - vectors * values).norm(dim=0))
+            kept = min(k + (size - k) // 2, size - 1)
+            basis[:, : kept + 1] = torch.cat([basis[:, :size] @ s[:, :kept], basis[:, size:]], 1)
+            projected.zero_()
+            projected.diagonal()[:kept] = values[:kept]
 
 
 def svds(op: LinearOperator | Tensor, k: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,15 +260,16 @@ def _tridiagonalise(op: LinearOperator | Tensor, first: Tensor, steps: int) -> t
     basis = first.new_zeros(s, m, d)
     alpha, beta = first.new_zeros(s, m), first.new_zeros(s, m)
     q = first.T / first.norm(dim=0)[:, None]
-    for i in range(m):
-        basis[:, i] = q
-        w = (op @ q.T).T
-        alpha[:, i] = (w * q).sum(1)
-        seen = basis[:, : i + 1]
-        for _ in range(2):  # once is not enough in floating point, twice is (Parlett)
-            w = w - torch.einsum("smd,sm->sd", seen, torch.einsum("smd,sd->sm", seen, w))
-        beta[:, i] = w.norm(dim=1)
-        q = w / beta[:, i : i + 1].clamp_min(torch.finfo(op.dtype).tiny)
+    with held(op):
+        for i in range(m):
+            basis[:, i] = q
+            w = (op @ q.T).T
+            alpha[:, i] = (w * q).sum(1)
+            seen = basis[:, : i + 1]
+            for _ in range(2):  # once is not enough in floating point, twice is (Parlett)
+                w = w - torch.einsum("smd,sm->sd", seen, torch.einsum("smd,sd->sm", seen, w))
+            beta[:, i] = w.norm(dim=1)
+            q = w / beta[:, i : i + 1].clamp_min(torch.finfo(op.dtype).tiny)
     return alpha, beta, basis
 
 

@@ -15,6 +15,7 @@ Everything in this room that takes an operator takes a tensor as well: both have
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,10 @@ class LinearOperator:
         """The transpose, as an operator."""
         return _Transposed(self)
 
+    def held(self) -> AbstractContextManager[None]:
+        """While it is open the matrix does not change, so an operator may keep what its products have in common."""
+        return nullcontext()
+
     def dense(self) -> Tensor:
         """The matrix itself, `[m, n]`, for tests and toys.
 
@@ -88,6 +93,11 @@ class LinearOperator:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shape[0]} × {self.shape[1]}, {self.dtype}, {self.device})"
+
+
+def held(op: LinearOperator | Tensor) -> AbstractContextManager[None]:
+    """`op.held()`, of a matrix too."""
+    return op.held() if isinstance(op, LinearOperator) else nullcontext()
 
 
 class _Transposed(LinearOperator):

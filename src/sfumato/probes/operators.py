@@ -16,8 +16,8 @@ True
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -166,6 +166,35 @@ class HessianOperator(_OverData):
     Reference: Pearlmutter, "Fast exact multiplication by the Hessian", 1994.
     """
 
+    _kept: list[tuple[list[Tensor], Sequence[Tensor]]] | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While it is open, weights and data do not change, and of a single batch the graph of the gradient is kept.
+
+        A product with one vector is then one backward pass, in the memory that any product takes. Over several batches nothing
+        is kept.
+        """
+        single = isinstance(self.data, Sequence) and (len(self.data) == 1 or isinstance(self.data[0], Tensor))
+        if not single or self._kept is not None:
+            yield
+            return
+        self._kept = []
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def _gradient(self, value: Callable[[Point], Tensor], theta: Point) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """The leaves and the gradient with its graph: the kept ones, if there are any."""
+        if self._kept:
+            return self._kept[0]
+        leaves, out = _graph(value, theta)
+        made = leaves, torch.autograd.grad(out, leaves, create_graph=True, materialize_grads=True)
+        if self._kept is not None:
+            self._kept.append(made)
+        return made
+
     def _on_batch(self, theta: Point, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         def value(t: Point) -> Tensor:
             return self.loss(self.function(t, x), y)
@@ -174,8 +203,7 @@ class HessianOperator(_OverData):
             return self._map(lambda v: flatten_params(jvp(grad(value), (theta,), (unflatten_params(v, theta),))[1]), rows)
 
         def reverse() -> Tensor:
-            leaves, out = _graph(value, theta)
-            grads = torch.autograd.grad(out, leaves, create_graph=True, materialize_grads=True)
+            leaves, grads = self._gradient(value, theta)
             return torch.stack([_along(grads, leaves, unflatten_params(v, leaves)) for v in rows])
 
         return reverse() if len(rows) == 1 else self._either(forward, reverse)
