@@ -21,6 +21,7 @@ KINDS = {
     "curvature": "eigenvalues of the Hessian, the Gauss-Newton matrix and the empirical Fisher",
     "connectivity": "whether the loss rises on the line between two trained models",
     "collapse": "how far a classifier's features have collapsed onto their class means (NC1, NC2, NC3)",
+    "representation": "what features are worth to simple readers, beside the same network untrained",
     "robustness": "how small a change misleads a classifier, and in which direction",
     "precision": "whether rounding ends a classifier's learning: collapsed softmax, gradients along the weights",
 }

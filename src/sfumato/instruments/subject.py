@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -78,6 +79,7 @@ class Subject:
         owner: what the person gave: a `Method`, a timm model or a module.
         separable: outputs and targets are apart, so that a Gauss-Newton matrix and gradients of samples exist.
         classes: class names, where the data has labels.
+        pictures: the samples as the owner takes them, where these are not the inputs of `batches`: read anew, not augmented.
         notes: what was done to model and data, a sentence each.
         facts: of model and data, for a table.
     """
@@ -92,6 +94,7 @@ class Subject:
     owner: nn.Module
     separable: bool = True
     classes: tuple[str, ...] | None = None
+    pictures: Callable[[], Batch] | None = None
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -205,16 +208,18 @@ def _of_method(method: Method, name: str, data: Any, setup: Setup, seed: int) ->
     index = draw_samples(len(images), setup, seed)
     memory, device = memory_for(setup, method.device), method.device
     facts = {"model": f"{title} run", "run": name, "data": str(images)}
+    size = getattr(method, "size", (setup.image_size or getattr(method.config, "image_size", None) or 224,) * 2)
+    whole_pictures = None if images.facts.size else crop_to(size)
     common: dict[str, Any] = {
         "device": device,
         "memory": memory,
         "owner": method,
         "facts": facts,
         "classes": images.facts.classes,
+        "pictures": lambda: read(images, index, whole_pictures, seed),
     }
     if isinstance(method, ClassifierLike):
-        size = getattr(method, "size", (setup.image_size or 224,) * 2)
-        whole = read(images, index, None if images.facts.size else crop_to(size), seed)
+        whole = read(images, index, whole_pictures, seed)
         assert whole.label is not None
         with torch.no_grad():
             x = torch.cat([method.prepare(part.to(device)).cpu() for part in whole.x.split(64)])
