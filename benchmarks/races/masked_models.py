@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Heat, Run, race
-from sfumato.masks import NoiseBank, random_mask
+from sfumato.masks import NoiseBank, hard_mask, random_mask
 from sfumato.papers.masking.mae import MAE
 
 SIZES = {"image_size": 96, "patch": 8, "dim": 192, "depth": 6, "heads": 3, "decoder_dim": 128, "decoder_depth": 2}
@@ -247,3 +247,50 @@ def repeated(run: Run, times: int) -> Run:
         return run()
 
     return many
+
+
+# ---- hard masks
+
+HARD_SHARE = 0.5
+
+
+def hard(scores: Tensor, share: float = HARD_SHARE) -> Run:
+    generator = torch.Generator().manual_seed(0)
+    return lambda: hard_mask(scores, 0.75, share, generator=generator)
+
+
+def sample_by_sample(scores: Tensor, share: float = HARD_SHARE) -> Run:
+    """The same rule in a loop: sort a sample's scores, take the hardest, draw the others from what is left."""
+    generator, length = torch.Generator().manual_seed(0), scores.shape[1]
+    n_hidden = length - int(length * 0.25)
+    n_hard = int(n_hidden * share)
+
+    def run() -> Tensor:
+        hidden = torch.zeros(scores.shape, dtype=torch.bool)
+        for row, mine in zip(scores, hidden):
+            order = row.argsort(descending=True)
+            left = order[n_hard:]
+            mine[order[:n_hard]] = True
+            mine[left[torch.randperm(len(left), generator=generator)[: n_hidden - n_hard]]] = True
+        return hidden
+
+    return run
+
+
+@race(
+    "Hard masks: one draw for the batch, against a loop over its samples",
+    "HPM's rule, half of the hidden tokens by score and half by chance: two partial sorts of the whole batch against a sort, a "
+    "shuffle and two scatters for each sample. What is drawn differs; the masks are compared where all is taken by score.",
+)
+def hard_masks(quick: bool) -> Iterator[Heat]:
+    """On a CPU; a loop on an accelerator also waits for it once a sample."""
+    for batch, grid in ((8, 4),) if quick else ((64, 14), (256, 14)):
+        scores = torch.randn(batch, grid * grid, generator=torch.Generator().manual_seed(1))
+        lanes = {"sfumato": hard, "loop over samples": sample_by_sample}
+        yield Heat(
+            f"{batch} masks of {grid} x {grid} tokens",
+            {name: partial(lane, scores) for name, lane in lanes.items()},
+            checks={name: partial(lane, scores, 1.0) for name, lane in lanes.items()},
+            tolerance=0.0,
+            memory=False,
+        )

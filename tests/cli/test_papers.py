@@ -1,5 +1,6 @@
 """`sfumato papers` and `sfumato show`, as a person and as a script meet them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -92,7 +93,10 @@ def test_show_tells_everything(capsys):
     assert all(setting.name in told for setting in row.settings)
 
 
-def test_show_of_a_paper_that_is_not_built_is_kind(capsys):
+def test_show_of_a_paper_that_is_not_built_is_kind(capsys, monkeypatch):
+    rows = catalogue.load()
+    rows = {**rows, "hpm": dataclasses.replace(rows["hpm"], built=False)}
+    monkeypatch.setattr(catalogue, "load", lambda: rows)
     code, out, _ = run(capsys, "show", "hpm")
     assert code == 0
     assert "not built yet" in out

@@ -14,6 +14,7 @@ from .images import read_header as read_header
 from .images import read_image as read_image
 from .images import unit_float as unit_float
 from .images import write_image as write_image
+from .latents import LatentCache as LatentCache
 from .linear_regression import LinearTeacher as LinearTeacher
 from .linear_regression import linear_teacher as linear_teacher
 from .samples import digits as digits

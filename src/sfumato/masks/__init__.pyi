@@ -7,10 +7,13 @@ from .fills import fill as fill
 from .fills import mask_difficulty as mask_difficulty
 from .fills import mosaic as mosaic
 from .fills import normalized_convolution as normalized_convolution
+from .guided import hard_mask as hard_mask
+from .guided import weighted_mask as weighted_mask
 from .random_masks import count_hidden as count_hidden
 from .random_masks import grid_shape as grid_shape
 from .random_masks import mask_from_scores as mask_from_scores
 from .random_masks import random_mask as random_mask
+from .ratio_schedules import ratio_schedule as ratio_schedule
 from .token_index import take_tokens as take_tokens
 from .token_index import to_ids as to_ids
 from .token_index import upsample_mask as upsample_mask
