@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from sfumato.errors import Interrupted, SfumatoError
+from sfumato.errors import BadSetting, Interrupted, SfumatoError
 
 app = typer.Typer(
     name="sfumato",
@@ -79,13 +79,24 @@ def papers(
     epilog=examples(
         "sfumato show colormae  # what it is, its settings, how to run it, how its claim came out",
         "sfumato show adahessian --json",
+        "sfumato show masks --image photo.jpg -o masks.html  # every mask on your own picture, at several ratios",
     ),
 )
 def show(
-    slug: Annotated[str, typer.Argument(help="A paper or base, as `sfumato papers` names it.")],
+    slug: Annotated[str, typer.Argument(help="A paper or base, as `sfumato papers` names it; or masks.")],
     json: Annotated[bool, typer.Option("--json", help="Print the row and the stored record as JSON.")] = False,
+    image: Annotated[Path | None, typer.Option("--image", help="For masks: a picture; without it, a photograph of ours.")] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="For masks: a run whose network says what is hard.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="For masks: the page to write.")] = Path("masks.html"),
+    seed: Annotated[int, typer.Option("--seed", help="For masks: seed of the draws.")] = 0,
 ) -> None:
-    """Tell all about one paper."""
+    """Tell all about one paper, or show every mask on a picture."""
+    if slug == "masks":
+        from sfumato.cli.masks import show_masks
+
+        return show_masks(image, out, run=run, seed=seed)
+    if image is not None or run is not None:
+        raise BadSetting(f"--image and --run belong to `sfumato show masks`, not to {slug}")
     from sfumato.cli import catalogue
 
     catalogue.show(slug, as_json=json)
@@ -141,7 +152,6 @@ def train(
     runs: Runs = Path("runs"),
 ) -> None:
     """Train a method on your own data."""
-    from sfumato.errors import BadSetting
 
     if resume is None and (slug is None or data is None):
         raise BadSetting("say what to train and on what: sfumato train SLUG --data WHERE (or --resume RUN)")

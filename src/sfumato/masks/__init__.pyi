@@ -9,6 +9,9 @@ from .fills import mosaic as mosaic
 from .fills import normalized_convolution as normalized_convolution
 from .guided import hard_mask as hard_mask
 from .guided import weighted_mask as weighted_mask
+from .named import NAMED_MASKS as NAMED_MASKS
+from .named import SCORED as SCORED
+from .named import named_mask as named_mask
 from .random_masks import count_hidden as count_hidden
 from .random_masks import grid_shape as grid_shape
 from .random_masks import mask_from_scores as mask_from_scores

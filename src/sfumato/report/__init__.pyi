@@ -1,6 +1,7 @@
 from .claim_report import plot_record as plot_record
 from .claim_report import write_claim_report as write_claim_report
 from .compare_report import write_compare_report as write_compare_report
+from .mask_report import write_mask_report as write_mask_report
 from .page import Page as Page
 from .pictures import Picture as Picture
 from .pictures import data_uri as data_uri

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,9 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from sfumato.claim import Better, Figures, Lab, claim
-from sfumato.errors import BadCheckpoint, BadData
+from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.losses import masked_patch_mse, patch_statistics
-from sfumato.masks import fill, random_mask, upsample_mask
+from sfumato.masks import SCORED, fill, named_mask, random_mask, upsample_mask
 from sfumato.method import Batch, Context, Loss, Method, MethodConfig, Step
 from sfumato.nn import MaskedDecoder, MaskedViTEncoder, patchify, unpatchify
 from sfumato.optim import cosine_warmup, lr_for_batch
@@ -58,6 +58,9 @@ class MaskedConfig(MethodConfig):
     heads: int = Field(12, gt=0, description="attention heads of the encoder")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLPs over the block's width")
     mask_ratio: float = Field(0.75, ge=0, le=1, description="share of the patches that is hidden")
+    mask: Literal[
+        "own", "random", "block", "white", "red", "blue", "green", "purple", "disjoint", "progressive", "hard", "semantic"
+    ] = Field("own", description="which patches are hidden: own, as the paper does, or a mask of another (sfumato show masks)")
     base_lr: float = Field(1.5e-4, gt=0, description="peak learning rate for 256 samples a step; scaled to batch_size")
     weight_decay: float = Field(0.05, ge=0, description="AdamW's, not on biases and norms")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's")
@@ -113,8 +116,38 @@ class MaskedImageModel(Method):
     # ---- training
 
     def mask(self, x: Tensor, generator: torch.Generator, progress: float = 1.0) -> Tensor:
-        """Which patches to hide, `[B, L]` or `[V B, L]` bool; arguments as for `own_mask`."""
-        return self.own_mask(x, generator, progress)
+        """Which patches to hide: the paper's own mask, or the one that the settings name; arguments and result as of `own_mask`."""
+        name, c = self.config.mask, self.config
+        if name == "own":
+            return self.own_mask(x, generator, progress)
+        scores = {"hard": self.difficulty, "semantic": self.attention}[name](x, generator) if name in SCORED else None
+        return named_mask(name, len(x), self.encoder.grid, c.mask_ratio, scores=scores, progress=progress, generator=generator)
+
+    @torch.no_grad()
+    def difficulty(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """How wrong the network is on each patch while it is hidden: mean squared error of its pixels, `[B, L]`.
+
+        Every patch is hidden once, in one of two complementary halves: two forward passes.
+        """
+        half = random_mask(len(x), self.encoder.grid, 0.5, generator=generator)
+        first, second = (
+            patchify((self.predict_image(x, hidden) - x).square(), self.config.patch).mean(-1) for hidden in (half, ~half)
+        )
+        return torch.where(half, first, second)
+
+    @torch.no_grad()
+    def attention(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """How much each patch is attended to in the last block, by the class token where there is one: `[B, L]`, mean of heads.
+
+        Raises:
+            BadSetting: an encoder without attention.
+        """
+        del generator  # nothing is drawn
+        if not isinstance(self.encoder, MaskedViTEncoder):
+            raise BadSetting(f"mask=semantic asks for attention, and a {type(self.encoder).__name__} has none: take another mask")
+        last = self.encoder(x, return_attention=True).attention[-1].mean(1)
+        prefix = self.encoder.prefix
+        return last[:, 0, prefix:] if prefix else last.mean(1)
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
         """Draw a mask, predict what it hides.
@@ -183,7 +216,7 @@ class MaskedImageModel(Method):
         Returns:
             `[B, dim]`.
         """
-        return self.encoder.features(self.normalised(_fitted(x, self.config.image_size)))
+        return self.encoder.features(self.normalised(fitted(x, self.config.image_size)))
 
     def timm_weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The encoder for timm, see `MaskedViTEncoder.timm_weights`; its inputs are normalised with ImageNet's statistics."""
@@ -192,7 +225,7 @@ class MaskedImageModel(Method):
     @torch.no_grad()
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures, what is left of them, and visible pixels with predicted hidden ones."""
-        picture = _fitted(batch.x, self.config.image_size)
+        picture = fitted(batch.x, self.config.image_size)
         x = self.normalised(picture)
         hidden = self.mask(x, generator)[: len(x)]
         pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch)
@@ -209,7 +242,7 @@ class MaskedImageModel(Method):
         generator = torch.Generator(self.device).manual_seed(0)
         total = count = 0.0
         for batch in batches:
-            x = self.normalised(_fitted(batch.x, self.config.image_size))
+            x = self.normalised(fitted(batch.x, self.config.image_size))
             hidden = self.mask(x, generator)
             total += float(self.masked_loss(as_views(x, hidden), hidden)) * len(batch)
             count += len(batch)
@@ -285,7 +318,7 @@ def as_views(x: Tensor, hidden: Tensor) -> Tensor:
     return x if views == 1 else x.repeat(views, *(1,) * (x.ndim - 1))
 
 
-def _fitted(x: Tensor, size: int) -> Tensor:
+def fitted(x: Tensor, size: int) -> Tensor:
     """Images of any size to `size` x `size`: the short side resized, the middle cut out."""
     height, width = x.shape[-2:]
     if (height, width) == (size, size):

@@ -1,0 +1,84 @@
+"""`sfumato show masks`: a page with every mask on a person's own picture."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfumato.cli.console import say
+from sfumato.errors import BadSetting
+
+PATCH, LONGEST = 16, 448
+"""Pixels: of a patch, and of the picture's longer side where no run says otherwise."""
+
+
+def show_masks(image: Path | None, out: Path, *, run: Path | None, seed: int) -> None:
+    """Write the page.
+
+    Args:
+        image: a picture file; None: a photograph that ships with the library.
+        out: where the page goes.
+        run: a masked model whose own difficulty and attention guide the masks that ask for them.
+        seed: of the draws.
+    """
+    from sfumato.data import photos, read_image
+    from sfumato.report import write_mask_report
+
+    picture = photos("train")[0].float() / 255 if image is None else read_image(image).float()
+    generator = torch.Generator().manual_seed(seed)
+    patch, scores = PATCH, None
+    if run is None:
+        picture = cropped(shrunk(picture, LONGEST), 2 * PATCH)
+    else:
+        picture, patch, scores = _by_a_run(run, picture, generator)
+    words = ["sfumato", "show", "masks", *(["--image", str(image)] if image else []), *(["--run", str(run)] if run else [])]
+    command = shlex.join([*words, "-o", str(out), *(["--seed", str(seed)] if seed else [])])
+    say(str(write_mask_report(picture, out, patch=patch, scores=scores, generator=generator, command=command)))
+
+
+def shrunk(x: Tensor, longest: int) -> Tensor:
+    """At most `longest` pixels a side, `[C, H, W]`."""
+    scale = longest / max(x.shape[-2:])
+    if scale >= 1:
+        return x
+    size = [max(1, round(side * scale)) for side in x.shape[-2:]]
+    return F.interpolate(x[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def cropped(x: Tensor, multiple: int) -> Tensor:
+    """The middle of a picture whose sides are multiples of a number; a smaller one is enlarged to it first.
+
+    >>> cropped(torch.rand(3, 100, 70), 32).shape, cropped(torch.rand(1, 20, 40), 32).shape
+    (torch.Size([3, 96, 64]), torch.Size([1, 32, 64]))
+    """
+    if min(x.shape[-2:]) < multiple:
+        scale = multiple / min(x.shape[-2:])
+        size = [max(multiple, round(side * scale)) for side in x.shape[-2:]]
+        x = F.interpolate(x[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    height, width = (side // multiple * multiple for side in x.shape[-2:])
+    top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
+    return x[..., top : top + height, left : left + width]
+
+
+def _by_a_run(run: Path, picture: Tensor, generator: torch.Generator) -> tuple[Tensor, int, dict[str, tuple[Tensor, str]]]:
+    """The picture as the run takes it, its patch, and scores of its patches by the run's network."""
+    from sfumato.engine import load
+    from sfumato.papers.masking.mae import MaskedImageModel, fitted
+
+    method = load(run, device="cpu")
+    if not isinstance(method, MaskedImageModel):
+        raise BadSetting(f"{run} is no masked image model: give one of mae, simmim, colormae, hpm, ...")
+    if picture.shape[0] != method.channels:
+        picture = picture.mean(0, keepdim=True).expand(method.channels, -1, -1)
+    x = fitted(picture[None], method.config.image_size)
+    method.eval()
+    normal = method.normalised(x)
+    scores = {
+        "hard": (method.difficulty(normal, generator)[0], "the error of the run's own network where a patch is hidden"),
+        "semantic": (method.attention(normal, generator)[0], "the attention of the run's own network"),
+    }
+    return x[0], method.config.patch, scores
