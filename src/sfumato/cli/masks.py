@@ -78,7 +78,7 @@ def _by_a_run(run: Path, picture: Tensor, generator: torch.Generator) -> tuple[T
     method.eval()
     normal = method.normalised(x)
     scores = {
-        "hard": (method.difficulty(normal, generator)[0], "the error of the run's own network where a patch is hidden"),
+        "hard": (method.patch_errors(normal, generator)[0], "the error of the run's own network where a patch is hidden"),
         "semantic": (method.attention(normal, generator)[0], "the attention of the run's own network"),
     }
     return x[0], method.config.patch, scores

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from sfumato.engine import Options, Trainer
 from sfumato.engine.lab import Lab
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.losses import masked_patch_mse
-from sfumato.masks import upsample_mask
+from sfumato.masks import NAMED_MASKS, random_mask, upsample_mask
 from sfumato.method import Batch, Context, capabilities
 from sfumato.nn import patchify, unpatchify
-from sfumato.papers.masking.mae import MAE, MaskedImageModel, few_labels
+from sfumato.papers.masking.mae import MAE, MaskedConfig, MaskedImageModel, few_labels
 from sfumato.papers.masking.simmim import SimMIM
 
 VECTORS = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parents[2] / "vectors" / "mae-base.npz").items()}
@@ -117,6 +118,41 @@ def test_views_of_an_image_share_its_pixels():
     assert loss.weight == 4
     assert mae.evaluate([batch(x)])["masked_loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert mae.preview(batch(x), torch.Generator())["masked"].shape == (4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", [MAE, SimMIM])
+@pytest.mark.parametrize("name", NAMED_MASKS)
+def test_any_mask_trains_any_method(kind, name):
+    model = build(kind, mask=name)
+    loss = model.loss(batch(images()), context())
+    loss.value.backward()
+    assert loss.value.isfinite()
+    hidden = model.mask(model.normalised(images()), torch.Generator().manual_seed(0))
+    assert len(hidden) == (8 if name == "disjoint" else 4)
+    assert len(set(hidden.sum(1).tolist())) == 1
+
+
+def test_the_settings_offer_every_named_mask():
+    assert set(get_args(MaskedConfig.model_fields["mask"].annotation)) == {"own", *NAMED_MASKS}
+
+
+def test_errors_of_patches_are_those_of_the_hidden_ones():
+    """Each patch while it is hidden, in one of two halves; the network's own mistakes."""
+    mae = build(norm_pix=False).eval()
+    x = mae.normalised(images())
+    errors = mae.patch_errors(x, torch.Generator().manual_seed(3))
+    half = random_mask(4, mae.encoder.grid, 0.5, generator=torch.Generator().manual_seed(3))
+    expected = masked_patch_mse(mae.predict_patches(x, half), patchify(x, 4), half, norm=False, reduction="none")
+    assert torch.allclose(errors[half], expected[half], atol=1e-5)
+    assert (errors > 0).all()
+
+
+def test_attention_is_the_class_tokens_in_the_last_block():
+    mae = build().eval()
+    x = mae.normalised(images())
+    weights = mae.attention(x, torch.Generator())
+    last = mae.encoder(x, return_attention=True).attention[-1]
+    assert torch.allclose(weights, last[:, :, 0, 1:].mean(1))
 
 
 def test_learning_rate_and_groups():

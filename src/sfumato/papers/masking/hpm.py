@@ -40,7 +40,7 @@ from sfumato.masks import fill, hard_mask, random_mask, to_ids, upsample_mask
 from sfumato.method import Batch, Context, Method, Result, Step
 from sfumato.nn import patchify
 from sfumato.optim import EMA, linear_ramp
-from sfumato.papers.masking.mae import MAE, fitted, as_views
+from sfumato.papers.masking.mae import MAE, as_views, fitted
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -166,6 +166,10 @@ class HPM(MAE):
         nothing = torch.zeros(len(x), z.shape[1] - self.encoder.prefix, dtype=torch.bool, device=x.device)
         guess: Tensor = teacher["predictor"](teacher["decoder"].tokens(z, nothing))
         return guess
+
+    def patch_errors(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """The teacher's guess; nothing is drawn."""
+        return self.predicted_errors(x)
 
     def own_mask(self, x: Tensor, generator: torch.Generator, progress: float = 1.0) -> Tensor:
         """A growing share of what the teacher finds hardest, the rest at random; exactly as many as MAE hides."""

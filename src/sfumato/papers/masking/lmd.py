@@ -54,7 +54,7 @@ from sfumato.masks import block_mask, fill, random_mask, ratio_schedule, upsampl
 from sfumato.method import Batch, Context, Loss, Method
 from sfumato.nn import DiffusersVAE, IdentityCodec, MaskedDecoder, MaskedViTEncoder, PatchPCA, patchify, unpatchify
 from sfumato.optim import cosine_warmup, lr_for_batch
-from sfumato.papers.masking.mae import MAE, SMALL_ENCODER, MaskedConfig, MaskedImageModel, fitted, as_views
+from sfumato.papers.masking.mae import MAE, SMALL_ENCODER, MaskedConfig, MaskedImageModel, as_views, fitted
 from sfumato.probes import finetune_probe
 
 PCA_PICTURES = 4096

@@ -120,11 +120,11 @@ class MaskedImageModel(Method):
         name, c = self.config.mask, self.config
         if name == "own":
             return self.own_mask(x, generator, progress)
-        scores = {"hard": self.difficulty, "semantic": self.attention}[name](x, generator) if name in SCORED else None
+        scores = {"hard": self.patch_errors, "semantic": self.attention}[name](x, generator) if name in SCORED else None
         return named_mask(name, len(x), self.encoder.grid, c.mask_ratio, scores=scores, progress=progress, generator=generator)
 
     @torch.no_grad()
-    def difficulty(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def patch_errors(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """How wrong the network is on each patch while it is hidden: mean squared error of its pixels, `[B, L]`.
 
         Every patch is hidden once, in one of two complementary halves: two forward passes.
