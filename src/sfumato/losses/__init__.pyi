@@ -1,5 +1,7 @@
 from .adversarial_training import smooth_adversarial_comp_sum as smooth_adversarial_comp_sum
 from .adversarial_training import trades as trades
+from .attention import attention_entropy as attention_entropy
+from .attention import attention_mass as attention_mass
 from .comp_sum_family import CompSum as CompSum
 from .comp_sum_family import comp_sum as comp_sum
 from .comp_sum_family import comp_sum_bound as comp_sum_bound

@@ -41,3 +41,6 @@ from .two_head_unet import TwoHeadUNet as TwoHeadUNet
 from .unet import small_unet as small_unet
 from .unet import unet_decode as unet_decode
 from .unet import unet_encode as unet_encode
+from .vit_blocks import initialise_linear as initialise_linear
+from .vit_blocks import run_blocks as run_blocks
+from .vit_blocks import vit_block as vit_block

@@ -25,7 +25,6 @@ torch.Size([2, 64])
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +37,7 @@ from sfumato.masks.random_masks import Grid, grid_shape
 from sfumato.masks.token_index import take_tokens, to_ids
 from sfumato.nn.patches import patchify
 from sfumato.nn.positions import RelativePositionBias, sincos_2d
+from sfumato.nn.vit_blocks import initialise_linear, run_blocks, vit_block
 
 POSITIONS = ("sincos", "learned", "relative")
 
@@ -128,12 +128,14 @@ class MaskedViTEncoder(nn.Module):
             self.register_buffer("pos_embed", sincos_2d(dim, self.grid, cls=cls)[None], persistent=False)
         self.position_bias = RelativePositionBias(self.grid, heads, cls=cls) if positions == "relative" else None
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.Sequential(*(_block(dim, heads, mlp_ratio, drop_path=rate, init_values=init_values) for rate in rates))
+        self.blocks = nn.Sequential(
+            *(vit_block(dim, heads, mlp_ratio, drop_path=rate, init_values=init_values) for rate in rates)
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self._initialise()
 
     def _initialise(self) -> None:
-        _initialise_linear(self)
+        initialise_linear(self)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
@@ -198,6 +200,16 @@ class MaskedViTEncoder(nn.Module):
         Raises:
             BadData: an image that cannot be cut into patches, or another number of channels.
         """
+        z, bias = self.embed(x, mask, mask_token=mask_token)
+        z, kept, maps = run_blocks(self.blocks, z, bias=bias, layers=return_layers, attention=return_attention)
+        tokens: Tensor = self.norm(z)
+        return EncoderOutput(tokens, kept, maps) if return_layers or return_attention else tokens
+
+    def embed(self, x: Tensor, mask: Tensor | None = None, *, mask_token: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What the blocks start from, and the bias on their scores that relative positions are (None: there is none).
+
+        Arguments as of `forward`. The tokens are `[B, 1 + n, D]`; the bias can be added to `[B, heads, 1 + n, 1 + n]`.
+        """
         grid, ids = self._grid(x), None
         if mask is not None and mask_token is None:
             ids, _ = to_ids(mask)
@@ -205,8 +217,7 @@ class MaskedViTEncoder(nn.Module):
         if mask is not None and mask_token is not None:
             z = torch.where(mask[..., None], mask_token.to(z.dtype), z)
         z = self._add_positions(z, grid, ids)
-        bias = None if self.position_bias is None else self.position_bias(grid=grid, ids=ids)
-        return self._run(z, bias, return_layers, return_attention)
+        return z, None if self.position_bias is None else self.position_bias(grid=grid, ids=ids)
 
     def features(self, x: Tensor, *, pool: str = "mean") -> Tensor:
         """One vector an image.
@@ -283,21 +294,6 @@ class MaskedViTEncoder(nn.Module):
                 cls = cls + positions[:, :1]
         return z if cls is None else torch.cat((cls.to(z.dtype).expand(len(z), -1, -1), z), 1)
 
-    def _run(self, z: Tensor, bias: Tensor | None, layers: bool, attention: bool) -> Tensor | EncoderOutput:
-        kept: list[Tensor] = []
-        maps: list[Tensor] = []
-        for block in self.blocks:
-            if attention or bias is not None:
-                z, weights = _run_block(block, z, bias, attention)
-                if weights is not None:
-                    maps.append(weights)
-            else:
-                z = block(z)
-            if layers:
-                kept.append(z)
-        tokens: Tensor = self.norm(z)
-        return EncoderOutput(tokens, kept, maps) if layers or attention else tokens
-
 
 class MaskedDecoder(nn.Module):
     """Puts a learned token into every hole and predicts all tokens from it.
@@ -332,10 +328,10 @@ class MaskedDecoder(nn.Module):
         self.embed = nn.Linear(dim_in, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("positions", sincos_2d(dim, grid_shape(grid), cls=cls)[None], persistent=False)
-        self.blocks = nn.Sequential(*(_block(dim, heads, mlp_ratio) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(vit_block(dim, heads, mlp_ratio) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, out_dim)
-        _initialise_linear(self)
+        initialise_linear(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, z: Tensor, mask: Tensor) -> Tensor:
@@ -363,44 +359,6 @@ class MaskedDecoder(nn.Module):
         """From `tokens` on: `[B, 1 + L, dim]` to `[B, L, out_dim]`."""
         decoded: Tensor = self.head(self.norm(self.blocks(tokens)[:, self.prefix :]))
         return decoded
-
-
-def _block(dim: int, heads: int, mlp_ratio: float, *, drop_path: float = 0.0, init_values: float | None = None) -> nn.Module:
-    from timm.models.vision_transformer import Block
-
-    if dim % heads:
-        raise BadSetting(f"a width of {dim} cannot be shared by {heads} attention heads: take a multiple")
-    norm: Any = partial(nn.LayerNorm, eps=1e-6)
-    return Block(dim, heads, mlp_ratio, qkv_bias=True, init_values=init_values, drop_path=drop_path, norm_layer=norm)
-
-
-def _initialise_linear(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for all linear layers."""
-    for m in module.modules():
-        if isinstance(m, nn.Linear):
-            nn.init.xavier_uniform_(m.weight)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
-
-
-def _run_block(block: Any, z: Tensor, bias: Tensor | None, want_weights: bool) -> tuple[Tensor, Tensor | None]:
-    """timm's block, with a bias on the scores or with its attention returned."""
-    attended, weights = _attend(block.attn, block.norm1(z), bias, want_weights)
-    z = z + block.drop_path1(block.ls1(attended))
-    return z + block.drop_path2(block.ls2(block.mlp(block.norm2(z)))), weights
-
-
-def _attend(attn: Any, z: Tensor, bias: Tensor | None, want_weights: bool) -> tuple[Tensor, Tensor | None]:
-    batch, length, _ = z.shape
-    q, k, v = attn.qkv(z).reshape(batch, length, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    if want_weights:
-        scores = (q * attn.scale) @ k.transpose(-2, -1)
-        weights = (scores if bias is None else scores + bias).softmax(-1)
-        out = weights @ v
-    else:
-        weights = None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
-    return attn.proj(out.transpose(1, 2).reshape(batch, length, -1)), weights
 
 
 def _timm_settings(vit: Any) -> dict[str, Any]:

@@ -300,12 +300,19 @@ class MAE(MaskedImageModel):
 
     def masked_loss(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Squared error of the hidden patches' (normalised) pixels."""
-        target = patchify(x, self.config.patch)
-        return masked_patch_mse(self.predict_patches(x, hidden), target, hidden, norm=self.config.norm_pix)
+        return self.loss_of_prediction(self.predict_patches(x, hidden), x, hidden)
+
+    def loss_of_prediction(self, predicted: Tensor, x: Tensor, hidden: Tensor) -> Tensor:
+        """The same of numbers for every patch, `[B, L, p²C]`."""
+        return masked_patch_mse(predicted, patchify(x, self.config.patch), hidden, norm=self.config.norm_pix)
 
     def predict_image(self, x: Tensor, hidden: Tensor) -> Tensor:
         """The prediction as an image; normalised pixels get their patch's own mean and deviation back."""
-        c, predicted = self.config, self.predict_patches(x, hidden)
+        return self.image_of_prediction(self.predict_patches(x, hidden), x)
+
+    def image_of_prediction(self, predicted: Tensor, x: Tensor) -> Tensor:
+        """Numbers for every patch as an image."""
+        c = self.config
         if c.norm_pix:
             mean, var = patch_statistics(patchify(x, c.patch))
             predicted = predicted * var.sqrt() + mean

@@ -77,7 +77,16 @@ class SimMIM(MaskedImageModel):
 
     def masked_loss(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Absolute error of the hidden pixels."""
-        return masked_l1(self.predict_image(x, hidden), x, upsample_mask(hidden, self.encoder.grid, self.config.patch))
+        return self.loss_of_prediction(self.predict_image(x, hidden), x, hidden)
+
+    def loss_of_prediction(self, predicted: Tensor, x: Tensor, hidden: Tensor) -> Tensor:
+        """The same of an image."""
+        return masked_l1(predicted, x, upsample_mask(hidden, self.encoder.grid, self.config.patch))
+
+    def image_of_prediction(self, predicted: Tensor, x: Tensor) -> Tensor:
+        """It is one."""
+        del x
+        return predicted
 
     def predict_image(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Pixels from every token."""

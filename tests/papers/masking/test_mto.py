@@ -1,0 +1,155 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sfumato.claim import Verdict, judge
+from sfumato.data import photo_crops
+from sfumato.engine import Options, Trainer
+from sfumato.engine.lab import Lab
+from sfumato.method import Batch, Context
+from sfumato.papers.masking import mto
+from sfumato.papers.masking.mae import MAE
+from sfumato.papers.masking.mto import MTO, mask_token_singularity, recalibrate_attention, relative_auc
+from sfumato.papers.masking.simmim import SimMIM
+
+VECTORS = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(Path(__file__).parents[2] / "vectors" / "mto.npz").items()}
+TINY = {"image_size": 16, "dim": 16, "depth": 2, "heads": 2, "batch_size": 8, "steps": 3}
+DECODER = {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
+NOTHING = mto.NOTHING
+
+
+def build(base="simmim", **over):
+    torch.manual_seed(0)
+    return MTO(MTO.Config.small(**{**TINY, **DECODER, "base": base, **over}))
+
+
+def images(n=4, size=16, seed=0):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def masked(model, seed=0):
+    x = model.normalised(images())
+    return x, model.mask(x, torch.Generator().manual_seed(seed))
+
+
+def test_singularity_and_its_gradient_are_the_vectors():
+    layers = [z.clone().requires_grad_() for z in VECTORS["layer_tokens"]]
+    loss = mask_token_singularity(layers, VECTORS["mask"], decay=VECTORS["decay"].item(), tau=VECTORS["temperature"].item())
+    assert loss.item() == pytest.approx(VECTORS["loss_singularity"].item(), abs=1e-9)
+    loss.backward()
+    assert torch.allclose(torch.stack([z.grad for z in layers]), VECTORS["grad_singularity"], atol=1e-9)
+
+
+def test_recalibrated_attention_is_the_vectors():
+    logits, mask = VECTORS["attn_logits"], VECTORS["mask"]
+    weights = (logits + recalibrate_attention(logits, mask, keep=VECTORS["keep_fraction"].item())).softmax(-1)
+    assert torch.allclose(weights, VECTORS["attn_recalibrated"], atol=1e-9)
+
+
+@pytest.mark.parametrize("at_random", [False, True])
+@pytest.mark.parametrize(("keep", "kept"), [(0.0, 0), (0.3, 2), (0.5, 3), (1.0, 5)])
+def test_visible_queries_keep_a_share_of_the_hidden_keys(keep, kept, at_random):
+    g = torch.Generator().manual_seed(0)
+    logits, mask = torch.randn(2, 3, 12, 12, generator=g), torch.stack([torch.randperm(12, generator=g) < 5 for _ in range(2)])
+    bias = recalibrate_attention(logits, mask, keep=keep, at_random=at_random, generator=g)
+    seen = bias == 0
+    visible = (~mask)[:, None, :, None].expand_as(bias)
+    assert set(seen.sum(-1)[visible[..., 0]].tolist()) == {7 + kept}
+    assert seen[~visible].all()  # hidden queries see all
+    assert seen[(~mask)[:, None, None].expand_as(bias)].all()  # visible keys are seen by all
+    if not at_random and kept:
+        b, h, i, j = (visible & ~seen).nonzero().unbind(1) if kept < 5 else ([], [], [], [])
+        for one in zip(b, h, i, j, strict=True):
+            left = seen[one[:3]] & mask[one[0]]
+            assert logits[one] <= logits[one[:3]][left].min()
+
+
+def test_nothing_hidden_nothing_recalibrated():
+    logits = torch.randn(1, 2, 4, 4)
+    assert (recalibrate_attention(logits, torch.zeros(1, 4, dtype=torch.bool)) == 0).all()
+
+
+@pytest.mark.parametrize(("base", "kind"), [("simmim", SimMIM), ("mae", MAE)])
+def test_without_its_terms_it_is_the_base(base, kind):
+    model = build(base, **NOTHING)
+    torch.manual_seed(0)
+    given = model.config.model_dump()
+    plain = kind(kind.Config(**{name: given[name] for name in kind.Config.model_fields if name in given}))
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+    x, hidden = masked(model)
+    assert torch.equal(hidden, plain.mask(x, torch.Generator().manual_seed(0)))
+    assert torch.allclose(model.masked_loss(x, hidden), plain.masked_loss(x, hidden), atol=1e-6)
+    assert torch.allclose(model.predict_image(x, hidden), plain.predict_image(x, hidden), atol=1e-5)
+    assert [model.lr_factor(p) for p in (0, 0.5, 0.9)] == [plain.lr_factor(p) for p in (0, 0.5, 0.9)]
+
+
+@pytest.mark.parametrize("base", ["simmim", "mae"])
+def test_the_loss_is_the_sum_of_its_terms(base):
+    model = build(base, singularity=0.3, sparsity=0.2, leak=0.1)
+    x, hidden = masked(model)
+    seen = model.watched(x, hidden)
+    terms = model.penalties(seen, hidden)
+    bare = build(base, **{**NOTHING, "keep": 0.5})
+    expected = bare.masked_loss(x, hidden) + 0.3 * terms["singularity"] + 0.2 * terms["sparsity"] + 0.1 * terms["leak"]
+    assert torch.allclose(model.masked_loss(x, hidden), expected, atol=1e-6)
+    assert all(0 <= t.item() <= 1 for t in terms.values())
+    blocks = model.base.encoder.blocks if base == "simmim" else model.base.decoder.blocks
+    assert len(seen.layers) == len(blocks) + 1
+    assert len(seen.maps) == (len(blocks) + 1) // 2
+    assert not torch.allclose(bare.masked_loss(x, hidden), build(base, **NOTHING).masked_loss(x, hidden))
+
+
+def test_the_singularity_reaches_mask_token_and_embedding_and_no_last_layer():
+    model = build()
+    x, hidden = masked(model)
+    model.penalties(model.watched(x, hidden), hidden)["singularity"].backward()
+    assert model.base.mask_token.grad.abs().sum() > 0
+    assert model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
+    assert model.encoder.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
+    assert model.encoder.blocks[-1].mlp.fc1.weight.grad is None
+
+
+@pytest.mark.parametrize("base", ["simmim", "mae"])
+def test_train_save_load_and_use(base, tmp_path):
+    model = build(base)
+    data = photo_crops(16, 20, generator=torch.Generator().manual_seed(0))
+    Trainer(model, data, Options(device="cpu", workers=0)).train(show=False)
+    again = build(base)
+    again.load_state_dict(model.state_dict())
+    x = torch.rand(2, 3, 30, 20)
+    assert torch.equal(again.eval().encode(x), model.eval().encode(x))
+    batch = Batch(images(), torch.arange(4))
+    assert set(model.preview(batch, torch.Generator().manual_seed(0))) == {"picture", "masked", "reconstruction"}
+    assert np.isfinite(model.evaluate([batch])["masked_loss"])
+    assert [h.shape for h in model.heterogeneity_profile(*masked(model))] == [(4,)] * 3
+
+
+def test_a_loss_may_be_asked_again():
+    model = build(exclusion="random")
+    batch = Batch(images(), torch.arange(4))
+    ask = lambda: model.loss(batch, Context(0, 10, 0, torch.Generator().manual_seed(0))).value  # noqa: E731
+    torch.manual_seed(1)
+    first = ask()
+    torch.manual_seed(1)
+    assert torch.equal(first, ask())
+
+
+def test_relative_area():
+    assert relative_auc([1, 2, 3], [1, 2, 3], 0.5) == 1
+    assert relative_auc([2.0, 2.0], [1.0, 1.0], 0.0, [10, 30]) == 2
+    assert np.isnan(relative_auc([1.0, 1.0], [1.0, 1.0], 1.0))
+
+
+def test_the_claims_in_small(monkeypatch):
+    """A fiftieth of the training cannot win; the arms must differ, and a better arm must be found better."""
+    monkeypatch.setattr(mto, "MARKS", (50, 100, 200, 400))
+    figures = mto.profile.run(Lab(0, budget=0.02))
+    assert figures["SimMIM"] != figures["singularity alone"]
+    assert all(0 <= v <= 1 for arm in figures.values() for v in arm.values())
+    won = {"SimMIM": {"accuracy": 0.5, "RAUC": 1.0}, "MTO, half the steps": {"accuracy": 0.6}, "MTO": {"RAUC": 1.2}}
+    lost = {"SimMIM": {"accuracy": 0.6, "RAUC": 1.0}, "MTO, half the steps": {"accuracy": 0.5}, "MTO": {"RAUC": 0.9}}
+    assert judge(mto.half_the_steps, [won] * 5).verdict is Verdict.REPRODUCED
+    assert judge(mto.half_the_steps, [lost] * 5).verdict is Verdict.NOT_REPRODUCED
