@@ -336,10 +336,10 @@ RANKED: dict[str, Any] = {"ranking_weight": GREY_STATISTICS[1][0] ** -2}
     ),
     seeds=range(100, 105),
     note=(
-        "On held-out digits; ½ of the pairs are right by chance. Half of the hidden patches are the hardest, the rest random. The "
-        "ranking loss weighs as beside errors of pixels in [0, 1]; with weight 1 beside the 20 times larger errors of normalised "
-        "ones, development seeds gave masks 0.95 to 1.13 times as hard as random ones: learned at holes, the order did not carry "
-        "over to patches that are seen. Masks by plain contrast are shown beside, and are harder."
+        "On held-out digits; ½ of the pairs are right by chance. Half of the hidden patches are the hardest, the rest random, and "
+        "masks by plain contrast are shown beside. The ranking loss weighs as beside errors of pixels in [0, 1]; with weight 1 "
+        "beside the 20 times larger errors of normalised pixels, development seeds gave masks 0.95 to 1.13 times as hard as random "
+        "ones: learned at holes, the order did not carry over to patches that are seen."
     ),
 )
 def hard_patches(lab: Lab) -> Figures:
@@ -350,7 +350,7 @@ def hard_patches(lab: Lab) -> Figures:
     torch.manual_seed(lab.seed)
     untrained = HPM(HPM.Config.small(**DIGITS, **RANKED))
     trained = lab.fit(copy.deepcopy(untrained), train.x, steps=lab.steps(300))
-    x, c = trained.normalised(test.x.repeat(4, 1, 1, 1)), trained.config
+    x, c = trained.normalised(test.x.repeat(lab.steps(4), 1, 1, 1)), trained.config
     lab.picture("difficulty", trained.preview(Batch(test.x[:8], test.index[:8]), lab.generator)["difficulty"])
     at_random = random_mask(len(x), trained.encoder.grid, c.mask_ratio, generator=lab.generator)
     contrast = patchify(x, c.patch).var(-1)
