@@ -63,9 +63,7 @@ def hard_mask(
     return mask_from_scores(rest.masked_fill(forced, 2.0), n_hidden=n_hidden)  # above every uniform number
 
 
-def weighted_mask(
-    prob: Tensor, ratio: float, rule: str = "hide_floor", *, generator: torch.Generator | None = None
-) -> Tensor:
+def weighted_mask(prob: Tensor, ratio: float, rule: str = "hide_floor", *, generator: torch.Generator | None = None) -> Tensor:
     """Hide tokens at random without replacement, with given odds.
 
     Args:

@@ -148,7 +148,10 @@ def test_the_loss_repeats_with_the_same_noise():
 
 def test_at_first_the_masks_are_maes_at_last_half_are_the_hardest():
     model, mae, x = build(image_size=32), build(MAE, image_size=32), images(size=32)
-    g = lambda: torch.Generator().manual_seed(2)
+
+    def g():
+        return torch.Generator().manual_seed(2)
+
     assert torch.equal(model.mask(x, g(), 0.0), mae.mask(x, g(), 0.0))
     assert torch.equal(model.mask(x, g(), 0.02), mae.mask(x, g(), 0.02))  # 48 * 0.01: none
     guess = model.predicted_errors(x)
@@ -208,7 +211,7 @@ def test_a_fresh_teacher_is_the_student_also_after_another_method():
 
 @pytest.mark.parametrize("over", [{}, {"ranking": "absolute"}, {"target": "teacher", "norm_pix": True}], ids=str)
 def test_training_on_photographs_lowers_the_loss_and_the_state_travels(over):
-    model = build(steps=40, batch_size=32, base_lr=2e-2, **over)
+    model = build(steps=30, batch_size=32, base_lr=2e-2, **over)
     data, held_out = photo_crops(128, 16, generator=torch.Generator().manual_seed(0)), [batch(images(8))]
     start = model.evaluate([batch(data[:64])])
     Trainer(model, data, Options(device="cpu", workers=0)).train(show=False)
@@ -217,7 +220,7 @@ def test_training_on_photographs_lowers_the_loss_and_the_state_travels(over):
     assert set(end) == {"masked_loss", "reconstruction_loss", "pair_accuracy"}
     again = HPM(model.config).eval()
     again.load_state_dict(model.state_dict())
-    assert again.teacher.updates == 40
+    assert again.teacher.updates == 30
     assert model.evaluate(held_out) == again.evaluate(held_out)
     x = images(2, size=24)
     assert torch.equal(model.encode(x), again.encode(x))
@@ -308,14 +311,17 @@ def test_targets_that_cannot_be():
 
 
 def test_claim_of_the_hard_patches_in_small():
-    """A third of the training is enough for one seed; without training it does not hold."""
-    lab = Lab(0, budget=0.35)
+    """A tenth of the training shows the direction; an untrained predictor and random masks are not taken for it."""
+    lab = Lab(0, budget=0.1)
     figures = hard_patches.run(lab)
-    assert set(figures) == {"random masks", "hard masks", "contrast masks", "HPM", "untrained"}
+    assert set(figures) == {
+        "random masks", "hard masks", "masks by guesses at holes", "masks by contrast", "HPM", "untrained",
+    }  # fmt: skip
     assert lab.pictures["difficulty"].shape == (8, 1, 8, 8)
-    assert judge(hard_patches, [figures]).verdict is Verdict.REPRODUCED
+    assert judge(hard_patches, [figures]).findings[0].verdict is Verdict.REPRODUCED
+    assert figures["masks by guesses at holes"]["error"] > 1.05 * figures["random masks"]["error"]
     untrained = {**figures, "HPM": figures["untrained"]}
-    assert judge(hard_patches, [untrained]).verdict is Verdict.NOT_REPRODUCED
+    assert judge(hard_patches, [untrained]).findings[0].verdict is Verdict.NOT_REPRODUCED
     swapped = {**figures, "hard masks": figures["random masks"]}
     assert judge(hard_patches, [swapped]).verdict is Verdict.NOT_REPRODUCED
 
