@@ -15,6 +15,7 @@ from sfumato.method import Batch, Context, capabilities
 from sfumato.nn import DiffusersVAE, PatchPCA, patchify
 from sfumato.papers.masking.lmd import LMD, growing, multiply_adds, operations, speed
 from sfumato.papers.masking.mae import MAE
+from sfumato.papers.optimization.classifier import Classifier
 
 TINY = {"image_size": 16, "reduction": 2, "patch": 2, "dim": 16, "depth": 1, "heads": 2, "batch_size": 8, "steps": 6}
 TINY |= {"decoder_dim": 16, "decoder_heads": 2}
@@ -258,6 +259,13 @@ def test_a_new_run_keeps_the_codec_of_the_old_one():
     assert not other.surveyed
     mae = MAE(MAE.Config.small(**{k: v for k, v in TINY.items() if k != "reduction"}))
     assert not LMD.init_from(old.config, mae).surveyed
+
+
+def test_a_classifier_of_pictures_does_not_start_from_an_encoder_of_latents():
+    with pytest.raises(BadCheckpoint, match="sees their latents: use its features"):
+        Classifier.init_from(Classifier.Config.small(classes=10), build())
+    pixels = build(codec="identity", patch=4)
+    assert Classifier.init_from(Classifier.Config.small(classes=10), pixels).config.image_size == 16
 
 
 def test_adan_is_the_papers():

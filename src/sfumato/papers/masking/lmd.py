@@ -9,9 +9,9 @@ and loss are MAE's, on latents for pixels. The ratio is one number a step and de
 encoder takes eleven times MAE's whole forward pass; in every step it makes LMD four times *dearer* to train than MAE. The
 speed-up needs `sfumato.data.LatentCache`, which encodes once and stores a few views of each picture:
 
-    method = LMD(LMD.Config(vae="FOLDER", channels=3))
-    method.survey([])  # reads the VAE; a PCA wants batches of pictures here
-    cache = LatentCache(method.codec, "my_photos/", "my_photos.safetensors", views=2, augment=method.augment())
+    pictures, method = open_data("my_photos/"), LMD(LMD.Config(vae="FOLDER"))
+    method.survey(pictures.gather(torch.tensor([i])) for i in range(len(pictures)))  # reads the VAE, or fits a PCA
+    cache = LatentCache(method.codec, pictures, "my_photos.safetensors", views=2, augment=method.augment())
     fit(method, cache)
 
 `codec=pca` (components of patches, found in the training data) needs no weights and is the CPU preset's; `codec=identity` is
