@@ -155,7 +155,7 @@ def test_a_perfect_prediction_reconstructs_what_the_codec_keeps():
 
 
 def test_training_lowers_the_loss_and_the_state_travels(tmp_path):
-    model, data, unseen = build(steps=60, batch_size=32, base_lr=2e-2), crops(128), crops(8, 24, seed=1)
+    model, data, unseen = build(steps=40, batch_size=32, base_lr=2e-2), crops(128), crops(8, 24, seed=1)
     run = new_run(tmp_path)
     trainer = Trainer(model, data, CPU, run=run)
     start = model.evaluate([batch(unseen)])
