@@ -434,7 +434,7 @@ def operations(lab: Lab) -> Figures:
     mae, lmd = _hollow(MAE), _hollow(LMD)
     pixels, latents = _forward(mae, mae.config.mask_ratio), _growing(lmd, lab.steps(12))
     with torch.device("meta"):
-        vae = AutoencoderKL(**SD_VAE)
+        vae: Any = AutoencoderKL(**SD_VAE)
         picture = torch.empty(1, 3, 224, 224)
     codec = multiply_adds(lambda: vae.encode(picture))
     return {
@@ -455,7 +455,8 @@ class _Watched:
 
     def watch(self, look: Callable[[Any], float], every: int) -> Any:
         self.look, self.every = look, every
-        self.seconds, self.since = 0.0, None
+        self.seconds = 0.0
+        self.since: float | None = None
         self.curve: list[tuple[float, float]] = []
         return self
 
