@@ -247,6 +247,8 @@ def test_latents_without_their_pca_are_refused():
     cache = LatentCache(PatchPCA(2, 3, channels=3), crops())
     with pytest.raises(BadData, match="of a PCA that is not known here"):
         Trainer(build(), cache, CPU)
+    with pytest.raises(BadData, match="give survey"):
+        build().survey([])
 
 
 def test_a_new_run_keeps_the_codec_of_the_old_one():

@@ -202,7 +202,7 @@ class LMD(MaskedImageModel):
 
         Raises:
             BadSetting: codec=vae without `vae`, or one of another shape.
-            BadData: latents, and a PCA that has seen no pictures.
+            BadData: no pictures or their latents, and a PCA that has seen none.
         """
         self._need_codec()
         if self.surveyed:
@@ -215,6 +215,8 @@ class LMD(MaskedImageModel):
                 pictures.append(_fitted(batch.x, self.config.image_size))
                 if sum(map(len, pictures)) >= PCA_PICTURES:
                     break
+            if not pictures:
+                raise BadData("a PCA is fitted on pictures: give survey() batches of some")
             self.codec.fit(torch.cat(pictures))
         self.surveyed = True
 
@@ -249,9 +251,7 @@ class LMD(MaskedImageModel):
         Returns:
             `[B, C, image_size, image_size]` in [0, 1].
         """
-        z = self.normalised(x)
-        tokens = upsample_mask(hidden, self.encoder.grid, self.config.patch)
-        return self.decoded(torch.where(tokens, self.predict_image(z, hidden), z))
+        return self._painted(self.normalised(x), hidden)
 
     # ---- use
 
@@ -282,7 +282,7 @@ class LMD(MaskedImageModel):
             "picture": picture,
             "decoded": decoded,
             "masked": fill(picture, pixels, how="color", value=0.5),
-            "reconstruction": self.reconstruct(batch.x, hidden),
+            "reconstruction": self._painted(z, hidden),
         }
 
     @torch.no_grad()
@@ -299,8 +299,9 @@ class LMD(MaskedImageModel):
             loss += float(self.masked_loss(as_views(z, hidden), hidden)) * len(batch)
             if not self.config.norm_pix:
                 picture = self.decoded(z) if self._are_latents(batch.x) else _fitted(batch.x, self.config.image_size)
-                pixels = upsample_mask(hidden[: len(z)], self.encoder.grid, self.config.patch * self.reduction)
-                error += float(masked_mean((self.reconstruct(batch.x, hidden[: len(z)]) - picture).square(), pixels)) * len(batch)
+                hidden = hidden[: len(z)]
+                pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch * self.reduction)
+                error += float(masked_mean((self._painted(z, hidden) - picture).square(), pixels)) * len(batch)
             count += len(batch)
         if not count:
             return {}
@@ -347,6 +348,11 @@ class LMD(MaskedImageModel):
                 raise BadSetting(f"the VAE at {c.vae} has other latents: set reduction={found[0]} and latent_channels={found[1]}")
             self.codec, self.surveyed = codec.to(self.device), True
         return self.codec
+
+    def _painted(self, z: Tensor, hidden: Tensor) -> Tensor:
+        """Pictures of latents whose hidden tokens are predicted."""
+        tokens = upsample_mask(hidden, self.encoder.grid, self.config.patch)
+        return self.decoded(torch.where(tokens, self.predict_image(z, hidden), z))
 
     def _are_latents(self, x: Tensor) -> bool:
         return tuple(x.shape[1:]) == self.latent_shape
