@@ -350,6 +350,12 @@ def test_the_claims_of_the_training_in_small():
     arms, metric = ("pixels", "latents", "large patches"), "log2 of the seconds to pixel MAE's PSNR"
     assert {metric, "hidden PSNR", "accuracy", "seconds"} <= set.intersection(*(set(figures[a]) for a in arms))
     assert figures["pixels, two points less"]["accuracy"] == pytest.approx(figures["pixels"]["accuracy"] - 0.02)
+    assert [figures[a]["tokens"] for a in arms] == [64, 16, 16]
+    assert (
+        figures["pixels"]["forward, MMAC"]
+        > 2 * figures["latents"]["forward, MMAC"]
+        > 2 * figures["large patches"]["forward, MMAC"]
+    )
     assert figures["codec alone"]["hidden PSNR"] > figures["pixels"]["hidden PSNR"] + 5
     assert [c["arm"] for c in lab.curves] == list(arms)
     five = [figures] * 5

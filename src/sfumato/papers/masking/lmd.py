@@ -574,6 +574,8 @@ def speed(lab: Lab) -> Figures:
     figures: Figures = {f"{name}, untrained": bench.judged(arms[name]) for name in ("pixels", "latents")}
     for name, model in arms.items():
         figures[name] = bench.trained(model, cache if model is latents else bench.train, steps) | bench.judged(model)
+        forward = _growing(model, 12) if model is latents else _forward(model, model.config.mask_ratio)
+        figures[name] |= {"tokens": math.prod(model.encoder.grid), "forward, MMAC": 1e3 * forward}
         bench.picture(name, model)
     figures["latents"]["seconds"] += caching
     whole, target = figures["pixels"]["seconds"], figures["pixels"]["hidden PSNR"]
