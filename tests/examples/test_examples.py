@@ -57,6 +57,22 @@ def test_a_method_on_ones_own_folder(run, tmp_path):
     assert losses["by sfumato.fit"] < 0.9 * losses["untrained"]
 
 
+def test_latents_are_cached_once_and_trained_on(run, tmp_path):
+    for i, photo in enumerate(photos("train")[:3]):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        write_image(tmp_path / "mine" / f"{i}.png", photo[:, : 60 + i, :70].float() / 255)
+    arguments = ("--data", tmp_path / "mine", "--views", 8, "--cache", "mine.safetensors")
+    figures, told = run("train_on_cached_latents", *arguments, "--steps", 2)
+    assert figures["latents"] == 24
+    assert "24 latents 12x8x8: 8 views of 3 pictures, 0.0 MB in mine.safetensors" in told
+    written = (tmp_path / "mine.safetensors").stat().st_mtime_ns
+    longer, told = run("train_on_cached_latents", *arguments, "--steps", 40)
+    assert (tmp_path / "mine.safetensors").stat().st_mtime_ns == written
+    assert longer["hidden_psnr"] > figures["hidden_psnr"] + 1
+    assert f"{longer['hidden_psnr']:.2f} dB" in told
+    assert "[256, 64]" in told
+
+
 def test_adahessian_in_a_timm_script(run):
     accuracies, told = run("adahessian_in_timm_script", "--epochs", 1)
     assert accuracies[0] > 0.5

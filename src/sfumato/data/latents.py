@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self
 
-from sfumato.data.image_set import ImageSet, InMemory, as_unit
+from sfumato.data.image_set import ImageSet, InMemory, Sample, as_unit
 from sfumato.data.sources import open_data
 from sfumato.errors import BadData, BadSetting
 
@@ -93,17 +93,18 @@ class LatentCache(ImageSet):
             raise BadSetting(f"latents are stored as {', '.join(str(t) for t in _TYPES)}, not as {dtype}")
         pictures = open_data(dataset)
         rows = _Views(pictures, views, augment, generator or torch.Generator().manual_seed(0))
-        labels = torch.tensor([pictures[i].label for i in range(len(pictures))]) if pictures.items.labelled else None
         facts = {"views": views, "classes": pictures.facts.classes}
         if path is None:
-            whole = torch.cat(list(_encoded(codec, rows, batch_size, workers, dtype)))
-            self._serve(whole, None if labels is None else labels.repeat(views), facts)
+            parts, labels = zip(*_encoded(codec, rows, batch_size, workers, dtype))
+            self._serve(torch.cat(parts), torch.cat(labels), facts)
             return
         file = Path(path)
-        if not file.exists():
-            _write(file, _encoded(codec, rows, batch_size, workers, dtype), rows, labels, facts, dtype)
+        known = file.exists()
+        if not known:
+            _write(file, _encoded(codec, rows, batch_size, workers, dtype), len(rows), facts)
         self._serve(*_read(file))
-        self._recognise(codec, rows, file)
+        if known:
+            self._recognise(codec, rows, dtype, file)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -116,17 +117,19 @@ class LatentCache(ImageSet):
         cache._serve(*_read(Path(path)))
         return cache
 
-    def _serve(self, latents: Tensor, labels: Tensor | None, facts: dict[str, Any]) -> None:
-        super().__init__(InMemory(latents, labels), classes=facts["classes"])
+    def _serve(self, latents: Tensor, labels: Tensor, facts: dict[str, Any]) -> None:
+        super().__init__(InMemory(latents, labels if len(labels) else None), classes=facts["classes"])
         self.views: int = facts["views"]
 
-    def _recognise(self, codec: PictureEncoder, rows: _Views, path: Path) -> None:
-        """Refuse a file of other latents: other counts, or another first row."""
+    def _recognise(self, codec: PictureEncoder, rows: _Views, dtype: torch.dtype, path: Path) -> None:
+        """Refuse a file of other latents: another type, other counts, or another first row."""
         if (len(self), self.views) != (len(rows), rows.views):
             have, want = _count(len(self), self.views), _count(len(rows), rows.views)
             raise BadData(f"{path} holds {have}, not {want}: delete it or give another path")
         stored = self[0].x
-        first = next(_encoded(codec, rows, 1, 0, stored.dtype))[0]
+        if stored.dtype != dtype:
+            raise BadData(f"{path} holds {stored.dtype}, not {dtype}: delete it, or give its dtype=")
+        first = next(_encoded(codec, rows, 1, 0, dtype))[0][0]
         # chips differ in the last bits; another codec, picture or crop does in the first
         if first.shape != stored.shape or (first.float() - stored.float()).norm() > 0.02 * stored.float().norm() + 1e-3:
             raise BadData(f"{path} was made by another codec or from other pictures: delete it or give another path")
@@ -140,8 +143,8 @@ def _count(rows: int, views: int) -> str:
     return f"{views} view{'s' * (views != 1)} of {pictures} picture{'s' * (pictures != 1)}"
 
 
-class _Views(Dataset[Tensor]):
-    """Every view of every picture, in the order of the cache."""
+class _Views(Dataset[Sample]):
+    """Every view of every picture, with its label, in the order of the cache."""
 
     def __init__(
         self, pictures: ImageSet, views: int, augment: Callable[[Tensor], Tensor] | None, generator: torch.Generator
@@ -152,48 +155,50 @@ class _Views(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def __getitem__(self, row: int) -> Tensor:
-        x = self.pictures[row % len(self.pictures)].x
+    def __getitem__(self, row: int) -> Sample:
+        x, label, _ = self.pictures[row % len(self.pictures)]
         if self.augment is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(int(self.seeds[row]))
                 x = self.augment(x)
-        return as_unit(x.as_subclass(Tensor))
+        return Sample(as_unit(x.as_subclass(Tensor)), label)
 
 
-def _stacked(pictures: Sequence[Tensor]) -> Tensor:
+def _stacked(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Pictures, and their labels or none."""
+    pictures = [s.x for s in samples]
     if len({p.shape for p in pictures}) > 1:
         sizes = sorted({f"{p.shape[-1]}x{p.shape[-2]}" for p in pictures})[:4]
         raise BadData(
             f"the pictures have unlike sizes ({', '.join(sizes)}, ...): give augment= a transform that cuts them to one"
         )
-    return torch.stack(list(pictures))
+    return torch.stack(pictures), torch.tensor([s.label for s in samples if s.label is not None], dtype=torch.long)
 
 
-def _encoded(codec: PictureEncoder, rows: _Views, batch_size: int, workers: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The latents, a batch at a time, on the CPU."""
+def _encoded(
+    codec: PictureEncoder, rows: _Views, batch_size: int, workers: int, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The latents and labels, a batch at a time, on the CPU."""
     weight = next((t for t in (*codec.parameters(), *codec.buffers())), None) if isinstance(codec, nn.Module) else None
-    for x in DataLoader(rows, batch_size, num_workers=workers, collate_fn=_stacked, generator=torch.Generator()):
+    for x, label in DataLoader(rows, batch_size, num_workers=workers, collate_fn=_stacked, generator=torch.Generator()):
         with torch.no_grad():
             z = codec.encode(x if weight is None else x.to(weight.device)).to("cpu", dtype)
         if not torch.isfinite(z).all():
             raise BadData(f"latents do not fit into {dtype} or are not finite: try dtype=torch.float32, check the codec")
-        yield z
+        yield z, label
 
 
-# ---- the file: labels, then latents; safetensors' own writer wants all of it in memory
+# ---- the file: latents, then labels; safetensors' own writer wants all of it in memory
 
 
-def _write(
-    path: Path, latents: Iterator[Tensor], rows: _Views, labels: Tensor | None, facts: dict[str, Any], dtype: torch.dtype
-) -> None:
-    first = next(latents)
-    shape, size = [len(rows), *first.shape[1:]], first[0].numel() * first.element_size() * len(rows)
-    label = torch.empty(0, dtype=torch.int64) if labels is None else labels.repeat(rows.views)
+def _write(path: Path, batches: Iterator[tuple[Tensor, Tensor]], rows: int, facts: dict[str, Any]) -> None:
+    z, label = next(batches)
+    size, labels = z[0].nbytes * rows, [label]
+    ends = [0, size, size + label[:1].nbytes * rows]
     head = {
         "__metadata__": {"sfumato latents": json.dumps(facts)},
-        "label": {"dtype": "I64", "shape": [len(label)], "data_offsets": [0, label.nbytes]},
-        "latents": {"dtype": _TYPES[dtype], "shape": shape, "data_offsets": [label.nbytes, label.nbytes + size]},
+        "latents": {"dtype": _TYPES[z.dtype], "shape": [rows, *z.shape[1:]], "data_offsets": ends[:2]},
+        "label": {"dtype": "I64", "shape": [rows * min(1, len(label))], "data_offsets": ends[1:]},
     }
     text = json.dumps(head).encode()
     text += b" " * (-len(text) % 8)
@@ -201,15 +206,17 @@ def _write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text + _bytes(label) + _bytes(first))
-            for z in latents:
+            file.write(struct.pack("<Q", len(text)) + text + _bytes(z))
+            for z, label in batches:
                 file.write(_bytes(z))
+                labels.append(label)
+            file.write(_bytes(torch.cat(labels)))
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
         raise BadData(
-            f"cannot write {path} ({error}): it takes {size / 2**20:.0f} MB, free them or choose another path"
+            f"cannot write {path} ({error}): it takes {ends[2] / 2**20:.0f} MB, free them or choose another path"
         ) from None
     finally:
         with suppress(OSError):
@@ -220,7 +227,7 @@ def _bytes(x: Tensor) -> bytes:
     return x.contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b""
 
 
-def _read(path: Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+def _read(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Latents (mapped, not read), labels and facts of a file."""
     from safetensors import SafetensorError, safe_open
 
@@ -232,4 +239,4 @@ def _read(path: Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
         raise BadData(f"{path}: no cache of latents there: check the path, or make one by LatentCache(...)") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise BadData(f"{path} is damaged or no cache of latents ({error}): delete it and encode again") from None
-    return latents, labels if len(labels) else None, facts
+    return latents, labels, facts

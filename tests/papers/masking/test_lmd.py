@@ -15,6 +15,7 @@ from sfumato.method import Batch, Context, capabilities
 from sfumato.nn import DiffusersVAE, PatchPCA, patchify
 from sfumato.papers.masking.lmd import LMD, growing, multiply_adds, operations, speed
 from sfumato.papers.masking.mae import MAE
+from sfumato.papers.optimization.classifier import Classifier
 
 TINY = {"image_size": 16, "reduction": 2, "patch": 2, "dim": 16, "depth": 1, "heads": 2, "batch_size": 8, "steps": 6}
 TINY |= {"decoder_dim": 16, "decoder_heads": 2}
@@ -154,7 +155,7 @@ def test_a_perfect_prediction_reconstructs_what_the_codec_keeps():
 
 
 def test_training_lowers_the_loss_and_the_state_travels(tmp_path):
-    model, data, unseen = build(steps=60, batch_size=32, base_lr=2e-2), crops(128), crops(8, 24, seed=1)
+    model, data, unseen = build(steps=40, batch_size=32, base_lr=2e-2), crops(128), crops(8, 24, seed=1)
     run = new_run(tmp_path)
     trainer = Trainer(model, data, CPU, run=run)
     start = model.evaluate([batch(unseen)])
@@ -246,6 +247,8 @@ def test_latents_without_their_pca_are_refused():
     cache = LatentCache(PatchPCA(2, 3, channels=3), crops())
     with pytest.raises(BadData, match="of a PCA that is not known here"):
         Trainer(build(), cache, CPU)
+    with pytest.raises(BadData, match="give survey"):
+        build().survey([])
 
 
 def test_a_new_run_keeps_the_codec_of_the_old_one():
@@ -258,6 +261,13 @@ def test_a_new_run_keeps_the_codec_of_the_old_one():
     assert not other.surveyed
     mae = MAE(MAE.Config.small(**{k: v for k, v in TINY.items() if k != "reduction"}))
     assert not LMD.init_from(old.config, mae).surveyed
+
+
+def test_a_classifier_of_pictures_does_not_start_from_an_encoder_of_latents():
+    with pytest.raises(BadCheckpoint, match="sees their latents: use its features"):
+        Classifier.init_from(Classifier.Config.small(classes=10), build())
+    pixels = build(codec="identity", patch=4)
+    assert Classifier.init_from(Classifier.Config.small(classes=10), pixels).config.image_size == 16
 
 
 def test_adan_is_the_papers():
@@ -340,6 +350,12 @@ def test_the_claims_of_the_training_in_small():
     arms, metric = ("pixels", "latents", "large patches"), "log2 of the seconds to pixel MAE's PSNR"
     assert {metric, "hidden PSNR", "accuracy", "seconds"} <= set.intersection(*(set(figures[a]) for a in arms))
     assert figures["pixels, two points less"]["accuracy"] == pytest.approx(figures["pixels"]["accuracy"] - 0.02)
+    assert [figures[a]["tokens"] for a in arms] == [64, 16, 16]
+    assert (
+        figures["pixels"]["forward, MMAC"]
+        > 2 * figures["latents"]["forward, MMAC"]
+        > 2 * figures["large patches"]["forward, MMAC"]
+    )
     assert figures["codec alone"]["hidden PSNR"] > figures["pixels"]["hidden PSNR"] + 5
     assert [c["arm"] for c in lab.curves] == list(arms)
     five = [figures] * 5

@@ -9,9 +9,9 @@ and loss are MAE's, on latents for pixels. The ratio is one number a step and de
 encoder takes eleven times MAE's whole forward pass; in every step it makes LMD four times *dearer* to train than MAE. The
 speed-up needs `sfumato.data.LatentCache`, which encodes once and stores a few views of each picture:
 
-    method = LMD(LMD.Config(vae="FOLDER", channels=3))
-    method.survey([])  # reads the VAE; a PCA wants batches of pictures here
-    cache = LatentCache(method.codec, "my_photos/", "my_photos.safetensors", views=2, augment=method.augment())
+    pictures, method = open_data("my_photos/"), LMD(LMD.Config(vae="FOLDER"))
+    method.survey(pictures.gather(torch.tensor([i])) for i in range(len(pictures)))  # reads the VAE, or fits a PCA
+    cache = LatentCache(method.codec, pictures, "my_photos.safetensors", views=2, augment=method.augment())
     fit(method, cache)
 
 `codec=pca` (components of patches, found in the training data) needs no weights and is the CPU preset's; `codec=identity` is
@@ -50,7 +50,7 @@ from typing_extensions import Self
 from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.errors import BadData, BadSetting
 from sfumato.losses import masked_mean, masked_patch_mse, patch_statistics
-from sfumato.masks import block_mask, fill, random_mask, ratio_schedule, upsample_mask
+from sfumato.masks import fill, random_mask, ratio_schedule, upsample_mask
 from sfumato.method import Batch, Context, Loss, Method
 from sfumato.nn import DiffusersVAE, IdentityCodec, MaskedDecoder, MaskedViTEncoder, PatchPCA, patchify, unpatchify
 from sfumato.optim import cosine_warmup, lr_for_batch
@@ -202,7 +202,7 @@ class LMD(MaskedImageModel):
 
         Raises:
             BadSetting: codec=vae without `vae`, or one of another shape.
-            BadData: latents, and a PCA that has seen no pictures.
+            BadData: no pictures or their latents, and a PCA that has seen none.
         """
         self._need_codec()
         if self.surveyed:
@@ -215,6 +215,8 @@ class LMD(MaskedImageModel):
                 pictures.append(fitted(batch.x, self.config.image_size))
                 if sum(map(len, pictures)) >= PCA_PICTURES:
                     break
+            if not pictures:
+                raise BadData("a PCA is fitted on pictures: give survey() batches of some")
             self.codec.fit(torch.cat(pictures))
         self.surveyed = True
 
@@ -249,9 +251,7 @@ class LMD(MaskedImageModel):
         Returns:
             `[B, C, image_size, image_size]` in [0, 1].
         """
-        z = self.normalised(x)
-        tokens = upsample_mask(hidden, self.encoder.grid, self.config.patch)
-        return self.decoded(torch.where(tokens, self.predict_image(z, hidden), z))
+        return self._painted(self.normalised(x), hidden)
 
     # ---- use
 
@@ -282,7 +282,7 @@ class LMD(MaskedImageModel):
             "picture": picture,
             "decoded": decoded,
             "masked": fill(picture, pixels, how="color", value=0.5),
-            "reconstruction": self.reconstruct(batch.x, hidden),
+            "reconstruction": self._painted(z, hidden),
         }
 
     @torch.no_grad()
@@ -299,8 +299,9 @@ class LMD(MaskedImageModel):
             loss += float(self.masked_loss(as_views(z, hidden), hidden)) * len(batch)
             if not self.config.norm_pix:
                 picture = self.decoded(z) if self._are_latents(batch.x) else fitted(batch.x, self.config.image_size)
-                pixels = upsample_mask(hidden[: len(z)], self.encoder.grid, self.config.patch * self.reduction)
-                error += float(masked_mean((self.reconstruct(batch.x, hidden[: len(z)]) - picture).square(), pixels)) * len(batch)
+                hidden = hidden[: len(z)]
+                pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch * self.reduction)
+                error += float(masked_mean((self._painted(z, hidden) - picture).square(), pixels)) * len(batch)
             count += len(batch)
         if not count:
             return {}
@@ -347,6 +348,11 @@ class LMD(MaskedImageModel):
                 raise BadSetting(f"the VAE at {c.vae} has other latents: set reduction={found[0]} and latent_channels={found[1]}")
             self.codec, self.surveyed = codec.to(self.device), True
         return self.codec
+
+    def _painted(self, z: Tensor, hidden: Tensor) -> Tensor:
+        """Pictures of latents whose hidden tokens are predicted."""
+        tokens = upsample_mask(hidden, self.encoder.grid, self.config.patch)
+        return self.decoded(torch.where(tokens, self.predict_image(z, hidden), z))
 
     def _are_latents(self, x: Tensor) -> bool:
         return tuple(x.shape[1:]) == self.latent_shape
@@ -434,7 +440,7 @@ def operations(lab: Lab) -> Figures:
     mae, lmd = _hollow(MAE), _hollow(LMD)
     pixels, latents = _forward(mae, mae.config.mask_ratio), _growing(lmd, lab.steps(12))
     with torch.device("meta"):
-        vae = AutoencoderKL(**SD_VAE)
+        vae: Any = AutoencoderKL(**SD_VAE)
         picture = torch.empty(1, 3, 224, 224)
     codec = multiply_adds(lambda: vae.encode(picture))
     return {
@@ -455,7 +461,8 @@ class _Watched:
 
     def watch(self, look: Callable[[Any], float], every: int) -> Any:
         self.look, self.every = look, every
-        self.seconds, self.since = 0.0, None
+        self.seconds = 0.0
+        self.since: float | None = None
         self.curve: list[tuple[float, float]] = []
         return self
 
@@ -474,13 +481,7 @@ class _Watched:
 
 
 class _Pixels(_Watched, MAE):
-    """Pixel MAE that hides whole regions of `region` pixels, those that the latent model hides."""
-
-    region = 8
-
-    def own_mask(self, x: Tensor, generator: torch.Generator, progress: float = 1.0) -> Tensor:
-        unit = self.region // self.config.patch
-        return block_mask(len(x), self.encoder.grid, self.config.mask_ratio, unit=unit, generator=generator)
+    pass
 
 
 class _Latents(_Watched, LMD):
@@ -562,7 +563,8 @@ class _Bench:
     Better("accuracy", "latents", over="pixels, two points less"),
     seeds=range(100, 105),
     note="Seconds of the processor, fitting and caching included; a PSNR that is not reached counts as pixel MAE's whole time. "
-    "Both hide regions of 8 x 8 pixels. 'Large patches' is pixel MAE with as few tokens as the latents, without a codec.",
+    "PSNR is of hidden regions of 8 x 8 pixels, the latents' tokens; pixel MAE trains on its own masks, which serve it better. "
+    "'Large patches' is pixel MAE with as few tokens as the latents, without a codec.",
 )
 def speed(lab: Lab) -> Figures:
     """Equal steps, 600 of batch 64, on grey 32-pixel crops: 64 tokens of pixels, 16 of a PCA's latents, 16 of pixels."""
@@ -572,6 +574,8 @@ def speed(lab: Lab) -> Figures:
     figures: Figures = {f"{name}, untrained": bench.judged(arms[name]) for name in ("pixels", "latents")}
     for name, model in arms.items():
         figures[name] = bench.trained(model, cache if model is latents else bench.train, steps) | bench.judged(model)
+        forward = _growing(model, 12) if model is latents else _forward(model, model.config.mask_ratio)
+        figures[name] |= {"tokens": math.prod(model.encoder.grid), "forward, MMAC": 1e3 * forward}
         bench.picture(name, model)
     figures["latents"]["seconds"] += caching
     whole, target = figures["pixels"]["seconds"], figures["pixels"]["hidden PSNR"]

@@ -253,8 +253,14 @@ class Supervised(Method):
             source: nn.Module = previous.network
         elif isinstance(encoder := getattr(previous, "encoder", None), MaskedViTEncoder):
             size = encoder.settings["size"]
+            side = size if isinstance(size, int) else min(size)
+            if getattr(previous.config, "image_size", side) != side:
+                raise BadCheckpoint(
+                    f"{cls.__name__} starts from an encoder of pictures, that of {type(previous).__name__} sees their latents: "
+                    "use its features instead, sfumato apply RUN PICTURES -o FEATURES.npz"
+                )
             update = {"model": "vit", "encoder_settings": dict(encoder.settings), "channels": encoder.channels}
-            update["image_size"] = size if isinstance(size, int) else min(size)
+            update["image_size"] = side
             statistics = {name: getattr(previous, name, None) for name in ("mean", "std")}
             update |= {name: tuple(t.flatten().tolist()) for name, t in statistics.items() if isinstance(t, Tensor)}
             source = encoder
