@@ -7,6 +7,10 @@ from .fills import fill as fill
 from .fills import mask_difficulty as mask_difficulty
 from .fills import mosaic as mosaic
 from .fills import normalized_convolution as normalized_convolution
+from .frequency import frequency_disc as frequency_disc
+from .frequency import half_plane as half_plane
+from .frequency import random_frequency_mask as random_frequency_mask
+from .frequency import whole_plane as whole_plane
 from .random_masks import count_hidden as count_hidden
 from .random_masks import grid_shape as grid_shape
 from .random_masks import mask_from_scores as mask_from_scores
