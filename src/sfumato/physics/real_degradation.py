@@ -107,8 +107,9 @@ def random_blur_kernel(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """One blur kernel of a kind, `[size, size]`; arguments as for `random_blur_kernels`."""
-    settings = {"sigma": sigma, "beta": beta, "plateau_beta": plateau_beta}
-    return random_blur_kernels(1, kinds={kind: 1.0}, sizes=(size,), generator=generator, **settings)[0]
+    return random_blur_kernels(
+        1, kinds={kind: 1.0}, sizes=(size,), sigma=sigma, beta=beta, plateau_beta=plateau_beta, generator=generator
+    )[0]
 
 
 def gaussian_or_poisson_noise(

@@ -161,15 +161,13 @@ class MaskedImageModel(Method):
         if not isinstance(previous, MaskedImageModel):
             raise BadCheckpoint(f"{cls.__name__} starts from a masked image model, not from a {type(previous).__name__} run")
         method = cls(config)
-        kinds = [type(model.encoder).__name__ for model in (method, previous)]
-        if kinds[0] != kinds[1]:
-            raise BadCheckpoint(
-                f"the run's encoder is a {kinds[1]}, this method's a {kinds[0]}: start from a run of the same kind"
-            )
         try:
             method.encoder.load_state_dict(previous.encoder.state_dict())
         except RuntimeError:
             ours, theirs = method.encoder.settings, previous.encoder.settings
+            if ours.keys() != theirs.keys():
+                kinds = [type(model.encoder).__name__ for model in (previous, method)]
+                raise BadCheckpoint("the run's encoder is a {}, this method's a {}".format(*kinds)) from None
             unlike = [f"{k}={theirs[k]}" for k in ours if ours[k] != theirs[k]]
             raise BadCheckpoint(f"the run's encoder has other settings: use {', '.join(unlike)}") from None
         own = method.state_dict()
@@ -188,7 +186,7 @@ class MaskedImageModel(Method):
         Returns:
             `[B, dim]`.
         """
-        return self.encoder.features(self.normalised(fitted(x, self.config.image_size)))
+        return self.encoder.features(self.normalised(_fitted(x, self.config.image_size)))
 
     def timm_weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The encoder for timm, see `MaskedViTEncoder.timm_weights`; its inputs are normalised with ImageNet's statistics."""
@@ -197,7 +195,7 @@ class MaskedImageModel(Method):
     @torch.no_grad()
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures, what is left of them, and visible pixels with predicted hidden ones."""
-        picture = fitted(batch.x, self.config.image_size)
+        picture = _fitted(batch.x, self.config.image_size)
         x = self.normalised(picture)
         hidden = self.mask(x, generator)[: len(x)]
         pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch)
@@ -214,7 +212,7 @@ class MaskedImageModel(Method):
         generator = torch.Generator(self.device).manual_seed(0)
         total = count = 0.0
         for batch in batches:
-            x = self.normalised(fitted(batch.x, self.config.image_size))
+            x = self.normalised(_fitted(batch.x, self.config.image_size))
             hidden = self.mask(x, generator)
             total += float(self.masked_loss(as_views(x, hidden), hidden)) * len(batch)
             count += len(batch)
@@ -290,7 +288,7 @@ def as_views(x: Tensor, hidden: Tensor) -> Tensor:
     return x if views == 1 else x.repeat(views, *(1,) * (x.ndim - 1))
 
 
-def fitted(x: Tensor, size: int) -> Tensor:
+def _fitted(x: Tensor, size: int) -> Tensor:
     """Images of any size to `size` x `size`: the short side resized, the middle cut out."""
     height, width = x.shape[-2:]
     if (height, width) == (size, size):
