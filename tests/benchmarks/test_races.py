@@ -201,6 +201,7 @@ SLOW = pytest.mark.slow
     [
         "color_masks",
         "hard_masks",
+        "frequencies",
         "sampling",
         *(pytest.param(name, marks=SLOW) for name in ("adahessian", "cbsn", "engine_bare")),
     ],

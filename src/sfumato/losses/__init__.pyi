@@ -10,6 +10,9 @@ from .comp_sum_family import margins as margins
 from .contrastive import info_nce as info_nce
 from .contrastive import spectral_contrastive as spectral_contrastive
 from .contrastive import supervised_contrastive as supervised_contrastive
+from .frequency import focal_frequency_loss as focal_frequency_loss
+from .frequency import frequency_loss as frequency_loss
+from .frequency import spectrum_l1 as spectrum_l1
 from .gram import gaussian_gram as gaussian_gram
 from .gram import median_bandwidth as median_bandwidth
 from .gram import squared_distances as squared_distances

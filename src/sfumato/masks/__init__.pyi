@@ -12,6 +12,10 @@ from .guided import weighted_mask as weighted_mask
 from .named import NAMED_MASKS as NAMED_MASKS
 from .named import SCORED as SCORED
 from .named import named_mask as named_mask
+from .frequency import frequency_disc as frequency_disc
+from .frequency import half_plane as half_plane
+from .frequency import random_frequency_mask as random_frequency_mask
+from .frequency import whole_plane as whole_plane
 from .random_masks import count_hidden as count_hidden
 from .random_masks import grid_shape as grid_shape
 from .random_masks import mask_from_scores as mask_from_scores

@@ -2,6 +2,7 @@ from .at_rest import eval_mode as eval_mode
 from .at_rest import exact_arithmetic as exact_arithmetic
 from .blind_spot import CentreMaskedConv2d as CentreMaskedConv2d
 from .blind_spot import ConditionalBlindSpotNet as ConditionalBlindSpotNet
+from .conv_encoder import ConvEncoder as ConvEncoder
 from .flat import flatten_params as flatten_params
 from .flat import layer_slices as layer_slices
 from .flat import unflatten_params as unflatten_params

@@ -40,13 +40,17 @@ from sfumato.losses.comp_sum_family import comp_sum
 from sfumato.losses.stable_softmax import symlog, widened
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.nn.at_rest import eval_mode
+from sfumato.nn.conv_encoder import ConvEncoder
+from sfumato.nn.masked_convnet import MaskedConvEncoder
 from sfumato.nn.masked_vit import MaskedViTEncoder
 from sfumato.optim.adahessian import AdaHessian
 from sfumato.optim.mfac import MFAC
 from sfumato.optim.perp_grad import PerpGrad
 from sfumato.optim.schedules import cosine_warmup, linear_ramp
 
-OWN_MODELS = ("conv", "mlp", "vit")
+ENCODERS: dict[str, Any] = {"vit": MaskedViTEncoder, "cnn": ConvEncoder, "convnet": MaskedConvEncoder}
+"""Networks that other methods pre-train; `encoder_settings` make them again."""
+OWN_MODELS = ("conv", "mlp", *ENCODERS)
 CUSTOMARY = {  # (learning rate, weight decay)
     "sgd": (0.1, 5e-4),
     "adam": (1e-3, 0.0),
@@ -66,9 +70,9 @@ OptimizerName = Literal["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac", "
 class SupervisedConfig(MethodConfig):
     """What a network, its optimizer and its pictures need; shared by classifier and regressor."""
 
-    model: str = Field("resnet18", description="conv, mlp, vit, or any timm model (without pretrained weights)")
+    model: str = Field("resnet18", description="conv, mlp, vit, cnn, convnet, or any timm model (without pretrained weights)")
     channels: int | None = Field(None, gt=0, description="image channels; None: those of the data")
-    image_size: int | None = Field(None, gt=0, description="pixels a side; None: as the data, at most 224 (conv, mlp, vit: 32)")
+    image_size: int | None = Field(None, gt=0, description="pixels a side; None: as the data, at most 224 (own models: 32)")
     crop: bool | None = Field(None, description="cut pictures to image_size while loading; None: when their sizes differ")
     augment: bool = Field(True, description="random crops and flips while training")
     mean: float | tuple[float, ...] = Field(0.5, description="pixel mean that is subtracted (one number or one a channel)")
@@ -81,7 +85,9 @@ class SupervisedConfig(MethodConfig):
     optimizer_settings: dict[str, Any] = Field({}, description="further arguments of the optimizer, such as hessian_every")
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="of the rate; step: times 0.1 at 1/2 and 3/4")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which the learning rate rises from 0")
-    encoder_settings: dict[str, Any] | None = Field(None, description="of a vit, as its encoder records them; None: a small one")
+    encoder_settings: dict[str, Any] | None = Field(
+        None, description="of a vit, cnn or convnet, as its encoder records them; None: a small one"
+    )
 
     def largest_size(self) -> int:
         """The side of a picture that the network is made for when the data does not say."""
@@ -118,15 +124,16 @@ class Network(nn.Module):
 
 
 class Pooled(nn.Module):
-    """A vision transformer with its tokens averaged."""
+    """An encoder with its tokens, or the places of its last map, averaged."""
 
-    def __init__(self, encoder: MaskedViTEncoder) -> None:
+    def __init__(self, encoder: Any) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, D]`."""
-        return self.encoder.features(x)
+        features: Tensor = self.encoder.features(x)
+        return features
 
 
 def build_network(config: SupervisedConfig, outputs: int) -> Network:
@@ -143,8 +150,8 @@ def build_network(config: SupervisedConfig, outputs: int) -> Network:
     if config.model == "mlp":
         layers = nn.Linear(channels * size**2, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
         return Network(nn.Sequential(nn.Flatten(), *layers), 256, outputs)
-    if config.model == "vit":
-        encoder = MaskedViTEncoder(**(config.encoder_settings or _small_vit(size, channels)))
+    if config.model in ENCODERS:
+        encoder = ENCODERS[config.model](**(config.encoder_settings or _small_encoder(config.model, size, channels)))
         return Network(Pooled(encoder), encoder.dim, outputs)
     return _timm_network(config.model, size, channels, outputs)
 
@@ -156,7 +163,12 @@ def _conv_trunk(channels: int) -> nn.Sequential:
     return nn.Sequential(*first, *second, nn.Flatten())
 
 
-def _small_vit(size: int, channels: int) -> dict[str, Any]:
+def _small_encoder(kind: str, size: int, channels: int) -> dict[str, Any]:
+    """Settings of an encoder of a few layers."""
+    if kind == "cnn":
+        return {"channels": channels}
+    if kind == "convnet":
+        return {"model": "convnet", "size": size, "channels": channels}
     patch = next(p for p in (16, 8, 4, 2, 1) if size % p == 0 and size // p >= min(6, size))
     return {"size": size, "patch": patch, "channels": channels, "dim": 96, "depth": 4, "heads": 3}
 
@@ -239,7 +251,7 @@ class Supervised(Method):
 
     @classmethod
     def init_from(cls, config: Any, previous: Method) -> Self:
-        """Start from another run's network: a classifier or regressor, or any method with a vision transformer as `encoder`.
+        """Start from another run's network: a classifier or regressor, or any method with an `encoder` of `ENCODERS`.
 
         What makes the network is written into the new config, so a checkpoint needs nothing of the earlier run. A head of
         another width starts fresh.
@@ -251,16 +263,16 @@ class Supervised(Method):
             known = [name for name in cls.carried if hasattr(previous.config, name)]
             update = {name: getattr(previous.config, name) for name in known}
             source: nn.Module = previous.network
-        elif isinstance(encoder := getattr(previous, "encoder", None), MaskedViTEncoder):
-            size = encoder.settings["size"]
-            side = size if isinstance(size, int) else min(size)
-            if getattr(previous.config, "image_size", side) != side:
+        elif (kind := next((k for k, made in ENCODERS.items() if isinstance(getattr(previous, "encoder", None), made)), None)):
+            encoder: Any = previous.encoder
+            side = getattr(previous.config, "image_size", None) or 224
+            size = encoder.settings.get("size", side)
+            if (size if isinstance(size, int) else min(size)) != side:
                 raise BadCheckpoint(
                     f"{cls.__name__} starts from an encoder of pictures, that of {type(previous).__name__} sees their latents: "
                     "use its features instead, sfumato apply RUN PICTURES -o FEATURES.npz"
                 )
-            update = {"model": "vit", "encoder_settings": dict(encoder.settings), "channels": encoder.channels}
-            update["image_size"] = side
+            update = {"model": kind, "encoder_settings": dict(encoder.settings), "channels": encoder.channels, "image_size": side}
             statistics = {name: getattr(previous, name, None) for name in ("mean", "std")}
             update |= {name: tuple(t.flatten().tolist()) for name, t in statistics.items() if isinstance(t, Tensor)}
             source = encoder
