@@ -18,6 +18,7 @@ from sfumato.nn import hog_tokens
 from sfumato.papers.masking import dmjd
 from sfumato.papers.masking.dmjd import DMJD, VisibleHead, joint_errors, predicted_share_lr
 from sfumato.papers.masking.mae import MAE
+from sfumato.papers.optimization.classifier import Classifier
 
 VECTORS = {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(Path(__file__).parents[2] / "vectors" / "dmjd.npz").items()}
 TINY = {
@@ -286,6 +287,16 @@ def test_the_plain_vit_exports_to_timm_and_the_other_says_why_not():
     assert torch.allclose(vit(model.normalised(x)), model.encode(x), atol=1e-5)
     with pytest.raises(BadSetting, match="encoder=vit"):
         build(encoder="convit").timm_weights()
+
+
+@pytest.mark.parametrize("encoder", ["vit", "convit"])
+def test_a_classifier_starts_from_the_encoder_and_keeps_it(encoder):
+    ours, x = build(encoder=encoder).eval(), images()
+    tuned = Classifier.init_from(Classifier.Config.small(classes=10, augment=False), ours)
+    assert torch.allclose(tuned.encode(x), ours.encode(x), atol=1e-6)
+    reloaded = Classifier(Classifier.Config.model_validate_json(tuned.config.model_dump_json()))  # as a checkpoint would
+    reloaded.load_state_dict(tuned.state_dict())
+    assert torch.equal(reloaded.encode(x), tuned.encode(x))
 
 
 def test_starting_from_another_run():

@@ -40,6 +40,7 @@ from sfumato.losses.comp_sum_family import comp_sum
 from sfumato.losses.stable_softmax import symlog, widened
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.nn.at_rest import eval_mode
+from sfumato.nn.conv_stem_vit import ConvStemViT
 from sfumato.nn.masked_vit import MaskedViTEncoder
 from sfumato.optim.adahessian import AdaHessian
 from sfumato.optim.mfac import MFAC
@@ -120,7 +121,7 @@ class Network(nn.Module):
 class Pooled(nn.Module):
     """A vision transformer with its tokens averaged."""
 
-    def __init__(self, encoder: MaskedViTEncoder) -> None:
+    def __init__(self, encoder: MaskedViTEncoder | ConvStemViT) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -144,7 +145,8 @@ def build_network(config: SupervisedConfig, outputs: int) -> Network:
         layers = nn.Linear(channels * size**2, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
         return Network(nn.Sequential(nn.Flatten(), *layers), 256, outputs)
     if config.model == "vit":
-        encoder = MaskedViTEncoder(**(config.encoder_settings or _small_vit(size, channels)))
+        settings = config.encoder_settings or _small_vit(size, channels)
+        encoder = (ConvStemViT if "stem_dims" in settings else MaskedViTEncoder)(**settings)
         return Network(Pooled(encoder), encoder.dim, outputs)
     return _timm_network(config.model, size, channels, outputs)
 
@@ -251,7 +253,7 @@ class Supervised(Method):
             known = [name for name in cls.carried if hasattr(previous.config, name)]
             update = {name: getattr(previous.config, name) for name in known}
             source: nn.Module = previous.network
-        elif isinstance(encoder := getattr(previous, "encoder", None), MaskedViTEncoder):
+        elif isinstance(encoder := getattr(previous, "encoder", None), (MaskedViTEncoder, ConvStemViT)):
             size = encoder.settings["size"]
             update = {"model": "vit", "encoder_settings": dict(encoder.settings), "channels": encoder.channels}
             update["image_size"] = size if isinstance(size, int) else min(size)
