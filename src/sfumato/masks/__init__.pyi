@@ -3,6 +3,8 @@ from .color_noise import NoiseBank as NoiseBank
 from .color_noise import color_noise_mask as color_noise_mask
 from .color_noise import colored_noise as colored_noise
 from .color_noise import transfer_function as transfer_function
+from .disjoint import disjoint_masks as disjoint_masks
+from .disjoint import grid_partition as grid_partition
 from .fills import fill as fill
 from .fills import mask_difficulty as mask_difficulty
 from .fills import mosaic as mosaic

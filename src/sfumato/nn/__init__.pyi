@@ -3,9 +3,14 @@ from .at_rest import exact_arithmetic as exact_arithmetic
 from .blind_spot import CentreMaskedConv2d as CentreMaskedConv2d
 from .blind_spot import ConditionalBlindSpotNet as ConditionalBlindSpotNet
 from .conv_encoder import ConvEncoder as ConvEncoder
+from .conv_stem_vit import ConvStemViT as ConvStemViT
+from .conv_stem_vit import MaskedConvBlock as MaskedConvBlock
 from .flat import flatten_params as flatten_params
 from .flat import layer_slices as layer_slices
 from .flat import unflatten_params as unflatten_params
+from .gradient_histograms import hog as hog
+from .gradient_histograms import hog_image as hog_image
+from .gradient_histograms import hog_tokens as hog_tokens
 from .latent_codec import DiffusersVAE as DiffusersVAE
 from .latent_codec import IdentityCodec as IdentityCodec
 from .latent_codec import LatentCodec as LatentCodec

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterable
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -39,7 +38,7 @@ from sfumato.errors import BadSetting
 from sfumato.losses import masked_mean, masked_patch_mse, normalize_patches, pairwise_ranking
 from sfumato.masks import fill, hard_mask, random_mask, to_ids, upsample_mask
 from sfumato.method import Batch, Context, Method, Result, Step
-from sfumato.nn import patchify
+from sfumato.nn import initialise_linear, patchify, vit_block
 from sfumato.optim import EMA, linear_ramp
 from sfumato.papers.masking.mae import MAE, as_views, fitted
 
@@ -59,17 +58,11 @@ class LossPredictor(nn.Module):
 
     def __init__(self, dim: int, depth: int, heads: int, *, mlp_ratio: float = 4.0, prefix: int = 1) -> None:
         super().__init__()
-        from timm.models.vision_transformer import Block
-
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.prefix = prefix
-        self.blocks = nn.Sequential(*(Block(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(vit_block(dim, heads, mlp_ratio) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, 1)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
+        initialise_linear(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """From what the decoder's blocks start from, `[B, prefix + L, dim]`, to `[B, L]`."""

@@ -194,6 +194,9 @@ class MaskedImageModel(Method):
         if not isinstance(previous, MaskedImageModel):
             raise BadCheckpoint(f"{cls.__name__} starts from a masked image model, not from a {type(previous).__name__} run")
         method = cls(config)
+        if type(method.encoder) is not type(previous.encoder):
+            kinds = [type(m.encoder).__name__ for m in (previous, method)]
+            raise BadCheckpoint(f"the run's encoder is a {kinds[0]}, this one is a {kinds[1]}: start from one of the same kind")
         try:
             method.encoder.load_state_dict(previous.encoder.state_dict())
         except RuntimeError:

@@ -41,6 +41,7 @@ from sfumato.losses.stable_softmax import symlog, widened
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.nn.at_rest import eval_mode
 from sfumato.nn.conv_encoder import ConvEncoder
+from sfumato.nn.conv_stem_vit import ConvStemViT
 from sfumato.nn.masked_convnet import MaskedConvEncoder
 from sfumato.nn.masked_vit import MaskedViTEncoder
 from sfumato.optim.adahessian import AdaHessian
@@ -48,7 +49,7 @@ from sfumato.optim.mfac import MFAC
 from sfumato.optim.perp_grad import PerpGrad
 from sfumato.optim.schedules import cosine_warmup, linear_ramp
 
-ENCODERS: dict[str, Any] = {"vit": MaskedViTEncoder, "cnn": ConvEncoder, "convnet": MaskedConvEncoder}
+ENCODERS: dict[str, Any] = {"vit": MaskedViTEncoder, "cnn": ConvEncoder, "convnet": MaskedConvEncoder, "convit": ConvStemViT}
 """Networks that other methods pre-train; `encoder_settings` make them again."""
 OWN_MODELS = ("conv", "mlp", *ENCODERS)
 CUSTOMARY = {  # (learning rate, weight decay)
@@ -70,7 +71,7 @@ OptimizerName = Literal["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac", "
 class SupervisedConfig(MethodConfig):
     """What a network, its optimizer and its pictures need; shared by classifier and regressor."""
 
-    model: str = Field("resnet18", description="conv, mlp, vit, cnn, convnet, or any timm model (without pretrained weights)")
+    model: str = Field("resnet18", description="conv, mlp, vit, cnn, convnet, convit, or any timm model (without pretrained weights)")
     channels: int | None = Field(None, gt=0, description="image channels; None: those of the data")
     image_size: int | None = Field(None, gt=0, description="pixels a side; None: as the data, at most 224 (own models: 32)")
     crop: bool | None = Field(None, description="cut pictures to image_size while loading; None: when their sizes differ")
@@ -86,7 +87,7 @@ class SupervisedConfig(MethodConfig):
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="of the rate; step: times 0.1 at 1/2 and 3/4")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which the learning rate rises from 0")
     encoder_settings: dict[str, Any] | None = Field(
-        None, description="of a vit, cnn or convnet, as its encoder records them; None: a small one"
+        None, description="of a vit, cnn, convnet or convit, as its encoder records them; None: a small one"
     )
 
     def largest_size(self) -> int:
@@ -170,7 +171,8 @@ def _small_encoder(kind: str, size: int, channels: int) -> dict[str, Any]:
     if kind == "convnet":
         return {"model": "convnet", "size": size, "channels": channels}
     patch = next(p for p in (16, 8, 4, 2, 1) if size % p == 0 and size // p >= min(6, size))
-    return {"size": size, "patch": patch, "channels": channels, "dim": 96, "depth": 4, "heads": 3}
+    vit = {"size": size, "patch": patch, "channels": channels, "dim": 96, "depth": 4, "heads": 3}
+    return vit if kind == "vit" else vit | {"patch": max(4, patch), "stem_dims": (32, 48), "stem_blocks": (1, 1)}
 
 
 def _timm_network(name: str, size: int, channels: int, outputs: int) -> Network:
