@@ -34,6 +34,13 @@ from .projection_heads import ProjectionHead as ProjectionHead
 from .projection_heads import ReweightingHead as ReweightingHead
 from .projection_heads import SymmetricReLU as SymmetricReLU
 from .psd_sqrt import psd_power as psd_power
+from .sparse_conv import Holes as Holes
+from .sparse_conv import densify as densify
+from .sparse_conv import masked_batch_norm as masked_batch_norm
+from .sparse_conv import masked_layer_norm as masked_layer_norm
+from .sparse_conv import set_hidden as set_hidden
+from .sparse_conv import sparsify as sparsify
+from .sparse_conv import visible_forward as visible_forward
 from .toy_mlp import ToyDenoiser as ToyDenoiser
 from .trace_of_jacobian import divergence as divergence
 from .trace_of_jacobian import draw_probes as draw_probes
