@@ -13,6 +13,8 @@ from .linear_models import LinearisedModel as LinearisedModel
 from .linear_models import ScaledOutput as ScaledOutput
 from .linear_models import linearise as linearise
 from .linear_models import scale_output as scale_output
+from .masked_convnet import ConvStages as ConvStages
+from .masked_convnet import MaskedConvEncoder as MaskedConvEncoder
 from .masked_vit import EncoderOutput as EncoderOutput
 from .masked_vit import MaskedDecoder as MaskedDecoder
 from .masked_vit import MaskedViTEncoder as MaskedViTEncoder

@@ -189,6 +189,14 @@ class Holes:
         """Which picture each visible tile is from, `[n]`."""
         return self.cells // (self.grid[0] * self.grid[1])
 
+    def enter(self, x: Tensor) -> Tensor:
+        """What a network is given for the pictures `[B, C, H, W]`: tiles when packed, else pictures with zeros in their holes."""
+        return self.pack(x) if self.packed else self.blank(x)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """What a network gives, as maps `[B, C, h, w]`."""
+        return self.unpack(y) if self.packed else y
+
     def pack(self, x: Tensor) -> Tensor:
         """The visible tiles of a map: `[B, C, h, w]` to `[n, C, h / rows, w / columns]`, channels last in memory."""
         (rows, columns), (up, across) = self.grid, self._cell(*x.shape[2:])
@@ -225,7 +233,8 @@ class Holes:
 
     def _rim(self, up: int, across: int, pad: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """For each position of the tiles with their rim: where it is found, and which are in holes or outside."""
-        device, (rows, columns), (batch, reach) = self.hidden.device, self.grid, (len(self.hidden), (-(-pad[0] // up), -(-pad[1] // across)))
+        device, (rows, columns), batch = self.hidden.device, self.grid, len(self.hidden)
+        reach = -(-pad[0] // up), -(-pad[1] // across)  # cells that a rim looks into
         number = torch.full((self.hidden.numel(),), -1, device=device)
         number[self.cells] = torch.arange(len(self.cells), device=device)
         around = (reach[1], reach[1], reach[0], reach[0])
@@ -303,7 +312,8 @@ class _MaxPool(_SparseLayer):
         m: Any = self
         if m.dense is not nn.MaxPool2d or m.ceil_mode or m.return_indices:
             return None
-        return {"kernel": _pair(m.kernel_size), "stride": _pair(m.stride), "padding": _pair(m.padding), "dilation": _pair(m.dilation)}
+        names = {"kernel": "kernel_size", "stride": "stride", "padding": "padding", "dilation": "dilation"}
+        return {name: _pair(getattr(m, theirs)) for name, theirs in names.items()}
 
 
 class _AvgPool(_SparseLayer):
@@ -496,10 +506,10 @@ def set_hidden(module: nn.Module, hidden: Tensor, *, packed: bool = False) -> It
     Args:
         module: anything with sparse layers in it.
         hidden: `[B, rows, columns]` bool, True = hidden; the grid is that of the coarsest feature map, or coarser.
-        packed: the module will be given `holes.pack(x)`, and gives tiles.
+        packed: compute on visible tiles alone.
 
     Yields:
-        The `Holes`: `blank` the input, or `pack` it and `unpack` what comes out.
+        The `Holes`: the module is given `holes.enter(x)`, and `holes.leave(y)` are the maps.
 
     Raises:
         BadSetting: there are no sparse layers.
@@ -531,7 +541,5 @@ def visible_forward(module: nn.Module, x: Tensor, hidden: Tensor, *, packed: boo
         What the module gives, maps `[B, C', h, w]` with zeros in their holes; the same either way, but for rounding.
     """
     with set_hidden(module, hidden, packed=packed) as holes:
-        if not packed:
-            return module(holes.blank(x))
-        y = module(holes.pack(x))
-        return holes.unpack(y) if isinstance(y, Tensor) else type(y)(holes.unpack(t) for t in y)
+        y = module(holes.enter(x))
+        return holes.leave(y) if isinstance(y, Tensor) else [holes.leave(t) for t in y]

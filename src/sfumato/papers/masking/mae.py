@@ -135,13 +135,18 @@ class MaskedImageModel(Method):
         yield Step("net", (self.loss,))
 
     def optimizers(self) -> dict[str, Optimizer]:
-        """AdamW; no decay for biases, norms, mask tokens and position tables."""
+        """AdamW on `decay_groups`."""
+        c = self.config
+        rate = lr_for_batch(c.base_lr, 256, c.batch_size)
+        return {"net": torch.optim.AdamW(self.decay_groups(), rate, betas=c.betas, fused=True)}
+
+    def decay_groups(self) -> list[dict[str, Any]]:
+        """Biases, norms, mask tokens and position tables without weight decay, then everything else with it."""
         from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 
-        c = self.config
         plain = [n for n, _ in self.named_parameters() if n.endswith(("mask_token", "pos_embed", "position_bias.table"))]
-        groups = param_groups_weight_decay(self, c.weight_decay, no_weight_decay_list=plain)
-        return {"net": torch.optim.AdamW(groups, lr_for_batch(c.base_lr, 256, c.batch_size), betas=c.betas, fused=True)}
+        groups: list[dict[str, Any]] = param_groups_weight_decay(self, self.config.weight_decay, no_weight_decay_list=plain)
+        return groups
 
     def augment(self) -> Callable[..., Any] | None:
         """A random crop, bicubic, and a random flip."""
@@ -161,6 +166,8 @@ class MaskedImageModel(Method):
         if not isinstance(previous, MaskedImageModel):
             raise BadCheckpoint(f"{cls.__name__} starts from a masked image model, not from a {type(previous).__name__} run")
         method = cls(config)
+        if type(previous.encoder) is not type(method.encoder):
+            raise BadCheckpoint(f"the run's encoder is a {type(previous.encoder).__name__}, not a {type(method.encoder).__name__}")
         try:
             method.encoder.load_state_dict(previous.encoder.state_dict())
         except RuntimeError:
@@ -195,7 +202,7 @@ class MaskedImageModel(Method):
         picture = _fitted(batch.x, self.config.image_size)
         x = self.normalised(picture)
         hidden = self.mask(x, generator)[: len(x)]
-        pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch)
+        pixels = upsample_mask(hidden, self.encoder.grid, self.encoder.patch)
         predicted = self.predict_image(x, hidden) * self.std + self.mean
         return {
             "picture": picture,
