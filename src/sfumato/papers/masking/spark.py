@@ -163,7 +163,7 @@ class SparK(MaskedImageModel):
             """Minutes on a CPU: 32-pixel crops, three stages of 24, 48 and 96 channels, stride 8."""
             preset = {
                 "steps": 1000, "batch_size": 64, "image_size": 32, "model": "convnet", "decoder_width": 48, "drop_path": 0.0,
-                "base_lr": 8e-3, "warmup": 0.05,
+                "base_lr": 4e-2, "warmup": 0.05,
             }  # fmt: skip
             return cls(**{**preset, **over})
 
@@ -262,7 +262,7 @@ KEPT = 20
 
 @claim(
     "A dense convnet fills the holes within a few blocks and shifts its statistics, a sparse one never",
-    Holds("sparse: 20 of 49 positions carry values after every layer", lambda f: f["sparse"]["share off 20/49"] == 0),
+    Holds("sparse: 20 of 49 positions carry values after every layer", lambda f: f["sparse"]["share off 20/49"] < 1e-12),
     Holds("dense: every position does from layer2 on", lambda f: f["dense"]["share after layer2"] == 1),
     Holds("sparse: visible positions are normalised to mean 0 and variance 1, to 1e-5", lambda f: _unbiased(f["sparse"])),
     Holds(

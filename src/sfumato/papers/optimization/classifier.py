@@ -40,13 +40,14 @@ from sfumato.losses.comp_sum_family import comp_sum
 from sfumato.losses.stable_softmax import symlog, widened
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.nn.at_rest import eval_mode
+from sfumato.nn.masked_convnet import MaskedConvEncoder
 from sfumato.nn.masked_vit import MaskedViTEncoder
 from sfumato.optim.adahessian import AdaHessian
 from sfumato.optim.mfac import MFAC
 from sfumato.optim.perp_grad import PerpGrad
 from sfumato.optim.schedules import cosine_warmup, linear_ramp
 
-OWN_MODELS = ("conv", "mlp", "vit")
+OWN_MODELS = ("conv", "mlp", "vit", "convnet")
 CUSTOMARY = {  # (learning rate, weight decay)
     "sgd": (0.1, 5e-4),
     "adam": (1e-3, 0.0),
@@ -66,9 +67,9 @@ OptimizerName = Literal["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac", "
 class SupervisedConfig(MethodConfig):
     """What a network, its optimizer and its pictures need; shared by classifier and regressor."""
 
-    model: str = Field("resnet18", description="conv, mlp, vit, or any timm model (without pretrained weights)")
+    model: str = Field("resnet18", description="conv, mlp, vit, convnet, or any timm model (without pretrained weights)")
     channels: int | None = Field(None, gt=0, description="image channels; None: those of the data")
-    image_size: int | None = Field(None, gt=0, description="pixels a side; None: as the data, at most 224 (conv, mlp, vit: 32)")
+    image_size: int | None = Field(None, gt=0, description="pixels a side; None: as the data, at most 224 (own models: 32)")
     crop: bool | None = Field(None, description="cut pictures to image_size while loading; None: when their sizes differ")
     augment: bool = Field(True, description="random crops and flips while training")
     mean: float | tuple[float, ...] = Field(0.5, description="pixel mean that is subtracted (one number or one a channel)")
@@ -81,7 +82,7 @@ class SupervisedConfig(MethodConfig):
     optimizer_settings: dict[str, Any] = Field({}, description="further arguments of the optimizer, such as hessian_every")
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="of the rate; step: times 0.1 at 1/2 and 3/4")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which the learning rate rises from 0")
-    encoder_settings: dict[str, Any] | None = Field(None, description="of a vit, as its encoder records them; None: a small one")
+    encoder_settings: dict[str, Any] | None = Field(None, description="of a vit or convnet, as its encoder records them; None: a small one")
 
     def largest_size(self) -> int:
         """The side of a picture that the network is made for when the data does not say."""
@@ -118,9 +119,9 @@ class Network(nn.Module):
 
 
 class Pooled(nn.Module):
-    """A vision transformer with its tokens averaged."""
+    """An encoder with its tokens, or the positions of its last map, averaged."""
 
-    def __init__(self, encoder: MaskedViTEncoder) -> None:
+    def __init__(self, encoder: MaskedViTEncoder | MaskedConvEncoder) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -146,6 +147,9 @@ def build_network(config: SupervisedConfig, outputs: int) -> Network:
     if config.model == "vit":
         encoder = MaskedViTEncoder(**(config.encoder_settings or _small_vit(size, channels)))
         return Network(Pooled(encoder), encoder.dim, outputs)
+    if config.model == "convnet":
+        convnet = MaskedConvEncoder(**(config.encoder_settings or {"model": "convnet", "size": size, "channels": channels}))
+        return Network(Pooled(convnet), convnet.dim, outputs)
     return _timm_network(config.model, size, channels, outputs)
 
 
@@ -239,7 +243,7 @@ class Supervised(Method):
 
     @classmethod
     def init_from(cls, config: Any, previous: Method) -> Self:
-        """Start from another run's network: a classifier or regressor, or any method with a vision transformer as `encoder`.
+        """Start from another run's network: a classifier or regressor, or any method with a masked encoder.
 
         What makes the network is written into the new config, so a checkpoint needs nothing of the earlier run. A head of
         another width starts fresh.
@@ -251,9 +255,9 @@ class Supervised(Method):
             known = [name for name in cls.carried if hasattr(previous.config, name)]
             update = {name: getattr(previous.config, name) for name in known}
             source: nn.Module = previous.network
-        elif isinstance(encoder := getattr(previous, "encoder", None), MaskedViTEncoder):
-            size = encoder.settings["size"]
-            update = {"model": "vit", "encoder_settings": dict(encoder.settings), "channels": encoder.channels}
+        elif isinstance(encoder := getattr(previous, "encoder", None), MaskedViTEncoder | MaskedConvEncoder):
+            size, kind = encoder.settings["size"], "vit" if isinstance(encoder, MaskedViTEncoder) else "convnet"
+            update = {"model": kind, "encoder_settings": dict(encoder.settings), "channels": encoder.channels}
             update["image_size"] = size if isinstance(size, int) else min(size)
             statistics = {name: getattr(previous, name, None) for name in ("mean", "std")}
             update |= {name: tuple(t.flatten().tolist()) for name, t in statistics.items() if isinstance(t, Tensor)}
