@@ -228,7 +228,10 @@ class Searcher(Protocol):
 
 @runtime_checkable
 class TimmExportable(Protocol):
-    """Gives weights that a plain timm model loads: `(arguments of timm's VisionTransformer, state_dict)`."""
+    """Gives weights that a plain timm model loads: `(arguments, state_dict)`.
+
+    The arguments are those of `timm.create_model` if `model_name` is among them, else of timm's `VisionTransformer`.
+    """
 
     def timm_weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]: ...
 

@@ -218,7 +218,7 @@ def sample(
 )
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    timm: Annotated[Path | None, typer.Option("--timm", help="Weights that a plain timm ViT loads.")] = None,
+    timm: Annotated[Path | None, typer.Option("--timm", help="Weights that a plain timm model loads.")] = None,
     weights: Annotated[Path | None, typer.Option("--weights", help="The plain state as safetensors.")] = None,
     hub: Annotated[str | None, typer.Option("--hub", help="USER/NAME on the Hugging Face hub (needs a login).")] = None,
 ) -> None:

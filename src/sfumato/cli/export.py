@@ -1,4 +1,4 @@
-"""`sfumato export`: a run's weights for other tools: a plain timm ViT, plain safetensors, or a page on the hub."""
+"""`sfumato export`: a run's weights for other tools: a plain timm model, plain safetensors, or a page on the hub."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def export(run: Path, *, timm: Path | None, weights: Path | None, hub: str | Non
         timm.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in state.items()}, timm, {"timm": json.dumps(arguments), "format": "pt"})
         say(str(timm))
-        hint(
-            "load it: from timm.models.vision_transformer import VisionTransformer; "
-            f"model = VisionTransformer(**{arguments}); model.load_state_dict(safetensors.torch.load_file({str(timm)!r}))"
-        )
+        built = "from timm.models.vision_transformer import VisionTransformer; model = VisionTransformer"
+        if "model_name" in arguments:  # one of timm's registry
+            built = "import timm; model = timm.create_model"
+        hint(f"load it: {built}(**{arguments}); model.load_state_dict(safetensors.torch.load_file({str(timm)!r}))")
     if weights is not None:
         state = {k: v.detach().clone().contiguous() for k, v in method.state_dict().items() if isinstance(v, torch.Tensor)}
         weights.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,8 @@ from .linear_models import LinearisedModel as LinearisedModel
 from .linear_models import ScaledOutput as ScaledOutput
 from .linear_models import linearise as linearise
 from .linear_models import scale_output as scale_output
+from .masked_convnet import ConvStages as ConvStages
+from .masked_convnet import MaskedConvEncoder as MaskedConvEncoder
 from .masked_vit import EncoderOutput as EncoderOutput
 from .masked_vit import MaskedDecoder as MaskedDecoder
 from .masked_vit import MaskedViTEncoder as MaskedViTEncoder
@@ -40,6 +42,13 @@ from .projection_heads import ProjectionHead as ProjectionHead
 from .projection_heads import ReweightingHead as ReweightingHead
 from .projection_heads import SymmetricReLU as SymmetricReLU
 from .psd_sqrt import psd_power as psd_power
+from .sparse_conv import Holes as Holes
+from .sparse_conv import densify as densify
+from .sparse_conv import masked_batch_norm as masked_batch_norm
+from .sparse_conv import masked_layer_norm as masked_layer_norm
+from .sparse_conv import set_hidden as set_hidden
+from .sparse_conv import sparsify as sparsify
+from .sparse_conv import visible_forward as visible_forward
 from .toy_mlp import ToyDenoiser as ToyDenoiser
 from .trace_of_jacobian import divergence as divergence
 from .trace_of_jacobian import draw_probes as draw_probes

@@ -47,6 +47,12 @@ SMALL_ENCODER: dict[str, Any] = {
 """What the CPU presets of the family share; the peak learning rate is 2e-3."""
 
 
+MaskName = Literal[
+    "own", "random", "block", "white", "red", "blue", "green", "purple", "disjoint", "progressive", "hard", "semantic"
+]
+MASK_SETTING = "which patches are hidden: own, as the paper does, or a mask of another (sfumato show masks)"
+
+
 class MaskedConfig(MethodConfig):
     """What every masked model of the family can be set to; lengths in pixels, shares of 1."""
 
@@ -58,9 +64,7 @@ class MaskedConfig(MethodConfig):
     heads: int = Field(12, gt=0, description="attention heads of the encoder")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLPs over the block's width")
     mask_ratio: float = Field(0.75, ge=0, le=1, description="share of the patches that is hidden")
-    mask: Literal[
-        "own", "random", "block", "white", "red", "blue", "green", "purple", "disjoint", "progressive", "hard", "semantic"
-    ] = Field("own", description="which patches are hidden: own, as the paper does, or a mask of another (sfumato show masks)")
+    mask: MaskName = Field("own", description=MASK_SETTING)
     base_lr: float = Field(1.5e-4, gt=0, description="peak learning rate for 256 samples a step; scaled to batch_size")
     weight_decay: float = Field(0.05, ge=0, description="AdamW's, not on biases and norms")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's")
@@ -131,7 +135,7 @@ class MaskedImageModel(Method):
         """
         half = random_mask(len(x), self.encoder.grid, 0.5, generator=generator)
         first, second = (
-            patchify((self.predict_image(x, hidden) - x).square(), self.config.patch).mean(-1) for hidden in (half, ~half)
+            patchify((self.predict_image(x, hidden) - x).square(), self.encoder.patch).mean(-1) for hidden in (half, ~half)
         )
         return torch.where(half, first, second)
 
@@ -168,13 +172,18 @@ class MaskedImageModel(Method):
         yield Step("net", (self.loss,))
 
     def optimizers(self) -> dict[str, Optimizer]:
-        """AdamW; no decay for biases, norms, mask tokens and position tables."""
+        """AdamW on `decay_groups`."""
+        c = self.config
+        rate = lr_for_batch(c.base_lr, 256, c.batch_size)
+        return {"net": torch.optim.AdamW(self.decay_groups(), rate, betas=c.betas, fused=True)}
+
+    def decay_groups(self) -> list[dict[str, Any]]:
+        """Biases, norms, mask tokens and position tables without weight decay, then everything else with it."""
         from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 
-        c = self.config
         plain = [n for n, _ in self.named_parameters() if n.endswith(("mask_token", "pos_embed", "position_bias.table"))]
-        groups = param_groups_weight_decay(self, c.weight_decay, no_weight_decay_list=plain)
-        return {"net": torch.optim.AdamW(groups, lr_for_batch(c.base_lr, 256, c.batch_size), betas=c.betas, fused=True)}
+        groups: list[dict[str, Any]] = param_groups_weight_decay(self, self.config.weight_decay, no_weight_decay_list=plain)
+        return groups
 
     def augment(self) -> Callable[..., Any] | None:
         """A random crop, bicubic, and a random flip."""
@@ -234,7 +243,7 @@ class MaskedImageModel(Method):
         picture = fitted(batch.x, self.config.image_size)
         x = self.normalised(picture)
         hidden = self.mask(x, generator)[: len(x)]
-        pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch)
+        pixels = upsample_mask(hidden, self.encoder.grid, self.encoder.patch)
         predicted = self.predict_image(x, hidden) * self.std + self.mean
         return {
             "picture": picture,

@@ -71,7 +71,7 @@ OptimizerName = Literal["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac", "
 class SupervisedConfig(MethodConfig):
     """What a network, its optimizer and its pictures need; shared by classifier and regressor."""
 
-    model: str = Field("resnet18", description="conv, mlp, vit, cnn, convnet, convit, or any timm model (without pretrained weights)")
+    model: str = Field("resnet18", description="conv, mlp, vit, cnn, convnet, convit, or a timm model (without its weights)")
     channels: int | None = Field(None, gt=0, description="image channels; None: those of the data")
     image_size: int | None = Field(None, gt=0, description="pixels a side; None: as the data, at most 224 (own models: 32)")
     crop: bool | None = Field(None, description="cut pictures to image_size while loading; None: when their sizes differ")
