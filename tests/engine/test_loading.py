@@ -43,7 +43,7 @@ def test_weights_that_timm_downloads(monkeypatch):
     assert asked["test_vit"] == {"pretrained": True, "num_classes": 0}
     with pytest.raises(BadCheckpoint, match=r"\(no network\): say timm:test_vit2@FILE"):
         open_model("timm:test_vit2")
-    with pytest.raises(BadSetting, match="did you mean .*test_vit"):
+    with pytest.raises(BadSetting, match=r"did you mean .*test_vit"):
         open_model("timm:test_vitt")
 
 

@@ -74,8 +74,8 @@ def feature_distill(student: Tensor, teacher: Tensor, *, whiten: bool = True, be
     Args:
         student: `[..., D]`, already as wide as the teacher's.
         teacher: `[..., D]`; not given a gradient.
-        whiten: bring every feature vector of the teacher to mean 0 and variance 1 (layer norm without weights, eps 1e-5): teachers
-            whose features are of any size are then learned alike.
+        whiten: bring every feature vector of the teacher to mean 0 and variance 1 (layer norm without weights, eps 1e-5), so
+            that teachers are learned alike whatever the size of their features.
         beta: where the loss turns from quadratic to linear; positive.
 
     Returns:

@@ -44,7 +44,8 @@ def capture_qkv(vit: nn.Module, layers: Sequence[int] | None = None) -> Iterator
         layers: which blocks, 0 is the first; None: all.
 
     Yields:
-        `{layer: QKV}`, empty before the first pass; of several passes the last counts. With norms on queries and keys: after them.
+        `{layer: QKV}`, empty before the first pass; of several passes the last counts. Norms of queries and keys
+        are done.
 
     Raises:
         BadSetting: a module without such blocks, or a layer that it has not.

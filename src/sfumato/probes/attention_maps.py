@@ -64,7 +64,7 @@ def attention_nmi(a: Tensor) -> Tensor:
         a: `[..., n, m]`, rows sum to 1: n queries, m keys.
 
     Returns:
-        `[...]`, such as `[B, heads]`, from 0 (all queries attend alike) to 1; 0 where a single query or key leaves nothing to tell.
+        `[...]`, such as `[B, heads]`, from 0 (all queries attend alike) to 1; 0 for a single query or key.
     """
     n = a.shape[-2]
     keys = a.mean(-2)

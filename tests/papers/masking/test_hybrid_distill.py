@@ -101,7 +101,7 @@ def test_paper_defaults():
     model = build_student(depth=2, relation=mae(depth=2), relation_layers=(1,), drop_layers=(1,))
     assert (model.relation_layers, model.drop_layers) == ((1,), (1,))
     assert HybridDistill(HybridDistill.Config.small(depth=1)).relation_layers == (0,)
-    with pytest.raises(BadSetting, match=r"layer 3 .* 0 to 2"):
+    with pytest.raises(BadSetting, match=r"no layer 3 .* 0 to 2"):
         build_student(relation_layers=(3,))
 
 
@@ -186,7 +186,7 @@ def test_only_the_student_learns():
 
 
 def test_training_brings_both_losses_down():
-    model = build_student(steps=40, batch_size=32, base_lr=2e-2)
+    model = build_student(steps=30, batch_size=16, base_lr=4e-2)
     data = photo_crops(128, 16, generator=torch.Generator().manual_seed(0))
     held_out = Batch(data[:64], torch.arange(64))
     start = model.eval().evaluate([held_out])
@@ -238,11 +238,9 @@ def test_teachers_are_copies_of_the_vit_inside_a_model():
 
 def test_a_classifier_teaches_by_its_own_statistics():
     torch.manual_seed(0)
-    encoder = {**MaskedViTEncoder(16, 4, 3, dim=24, depth=1, heads=2).settings}
-    config = Classifier.Config.small(
-        model="vit", channels=3, classes=2, image_size=16, mean=0.4, std=0.3, encoder_settings=encoder
-    )
-    source = Classifier(config).eval()
+    sizes = {"channels": 3, "classes": 2, "image_size": 16, "mean": 0.4, "std": 0.3}
+    encoder = MaskedViTEncoder(16, 4, 3, dim=24, depth=1, heads=2).settings
+    source = Classifier(Classifier.Config.small(model="vit", **sizes, encoder_settings=encoder)).eval()
     tokens, _ = Teacher.of(source)(images())
     assert torch.allclose(tokens.mean(1), source.encode(images()), atol=1e-5)
 
@@ -372,7 +370,7 @@ def test_the_claim_in_small():
     lab = Lab(0, budget=0.02)
     figures = two_teachers.run(lab)
     assert {"hybrid", "features only", "relations only", "MAE teacher", "supervised teacher", "untrained"} < set(figures)
-    assert all(0 <= f["probe"] <= 1.03 for f in figures.values() if "probe" in f)
+    assert all(-0.02 <= f["probe"] <= 1.03 for f in figures.values() if "probe" in f)
     assert figures["hybrid"]["probe"] != figures["untrained"]["probe"]
     assert figures["1.5 times features only"]["NMI"] == pytest.approx(1.5 * figures["features only"]["NMI"])
     assert [c["arm"] for c in lab.curves] == [

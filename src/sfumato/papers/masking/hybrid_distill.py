@@ -162,8 +162,8 @@ class HybridDistill(MaskedImageModel):
     """A ViT that learns token relations from one frozen teacher and features from another.
 
     Args:
-        relation_teacher: a model with a ViT of the same depth, width and grid, such as a trained `MAE`; None: the engine opens what
-            the settings name, when it builds the method.
+        relation_teacher: a model with a ViT of the same depth, width and grid, such as a trained `MAE`; None: the engine opens
+            what the settings name, when it builds the method.
         feature_teacher: a model with a ViT of the same grid, such as a classifier; None: likewise.
 
     Raises:
@@ -176,8 +176,7 @@ class HybridDistill(MaskedImageModel):
         steps: int = Field(375_000, gt=0, description="optimizer steps; 300 epochs of ImageNet-1k")
         batch_size: int = Field(1024, gt=0, description="samples a step, over all micro-batches and processes")
         relation_teacher: str | None = Field(
-            "timm:vit_base_patch16_224.mae",
-            description="whose relations: a run, timm:NAME or timm:NAME@FILE; None: given in Python",
+            "timm:vit_base_patch16_224.mae", description="whose relations: a run, timm:NAME or timm:NAME@FILE"
         )
         feature_teacher: str | None = Field(
             "timm:deit_base_patch16_224.fb_in1k", description="whose features: a run, timm:NAME or timm:NAME@FILE"
@@ -197,12 +196,8 @@ class HybridDistill(MaskedImageModel):
         mask_ratio: float = Field(0.0, ge=0, le=1, description="share of the patches hidden from the student at random")
         betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's")
         warmup: float = Field(1 / 30, ge=0, lt=1, description="share of the steps over which the learning rate rises")
-        relation_teacher_settings: dict[str, Any] | None = Field(
-            None, description="how that teacher is built; filled in by itself"
-        )
-        feature_teacher_settings: dict[str, Any] | None = Field(
-            None, description="how that teacher is built; filled in by itself"
-        )
+        relation_teacher_settings: dict[str, Any] | None = Field(None, description="how that teacher is built; fills itself in")
+        feature_teacher_settings: dict[str, Any] | None = Field(None, description="how that teacher is built; fills itself in")
 
         @classmethod
         def small(cls, **over: Any) -> Self:
@@ -224,7 +219,7 @@ class HybridDistill(MaskedImageModel):
         self.drop_layers = tuple(thirds) if c.drop_layers is None else c.drop_layers
         if wrong := [i for i in (*self.relation_layers, *self.drop_layers) if not 0 <= i < c.depth]:
             raise BadSetting(
-                f"layer {wrong[0]} of relation_layers or drop_layers: a student of depth={c.depth} has 0 to {c.depth - 1}"
+                f"there is no layer {wrong[0]} to learn relations or drop tokens at: depth={c.depth} has 0 to {c.depth - 1}"
             )
         self.teachers = nn.ModuleDict()
         for role, given in zip(ROLES, (relation_teacher, feature_teacher)):
@@ -274,8 +269,8 @@ class HybridDistill(MaskedImageModel):
             elif role not in self.teachers or not self.teachers[role].trained:
                 example = "MAE_RUN" if role == "relation" else "CLASSIFIER_RUN"
                 raise BadSetting(
-                    f"{role}_teacher is not named: say {role}_teacher={example}, the folder of a trained vision transformer's run, "
-                    f"or timm:NAME; {role}_weight=0 does without"
+                    f"{role}_teacher is not named: say {role}_teacher={example}, the folder of a trained vision transformer's "
+                    f"run, or timm:NAME; {role}_weight=0 does without"
                 )
 
     @classmethod
