@@ -158,6 +158,16 @@ class Method(nn.Module):
         Not called when a run is resumed. `batches` is read lazily and goes through the data once, in order and unaugmented.
         """
 
+    def adopt(self, open_model: Callable[[str], nn.Module]) -> None:
+        """Take in trained models that the settings name by a word, such as teachers, and keep them as submodules.
+
+        Called once, when the engine has built a new method; never for a stored run: its settings must tell how the models are
+        built, its checkpoint holds their weights.
+
+        Args:
+            open_model: the module that a word names: `timm:NAME`, `timm:NAME@FILE`, a run folder or a checkpoint.
+        """
+
     def augment(self) -> Callable[..., Any] | None:
         """A torchvision v2 transform of one sample (uint8 or float image `[C, H, W]`, and its target), or None.
 

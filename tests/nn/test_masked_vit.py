@@ -57,6 +57,19 @@ def test_from_timm_refuses_what_is_not_plain(odd):
         MaskedViTEncoder.from_timm(vit)
 
 
+@pytest.mark.parametrize("mask", [None, hide()])
+@pytest.mark.parametrize("cls", [True, False])
+def test_blocks_by_hand_start_from_its_tokens(mask, cls):
+    ours = encoder(cls=cls)
+    z = ours.tokens(images(), mask)
+    assert z.shape == (2, (6 if mask is None else 3) + cls, 16)
+    for block in ours.blocks:
+        z = block(z)
+    assert torch.equal(ours.norm(z), ours(images(), mask))
+    with pytest.raises(BadData, match="cannot be cut"):
+        ours.tokens(images(size=(8, 13)))
+
+
 def test_settings_rebuild_the_encoder():
     ours = encoder(cls=False, mlp_ratio=2.0, positions="relative")
     again = MaskedViTEncoder(**ours.settings).double()

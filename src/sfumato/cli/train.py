@@ -149,7 +149,10 @@ def resolved_line(config: dict[str, Any]) -> str:
     """One line that says everything and can be pasted into a shell or a report of a problem."""
     parts = ["sfumato", "train", config["slug"], "--data", config["data"], "--preset", "paper"]
     for name, value in config["settings"].items():
-        parts += ["--set", f"{name}={yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}"]
+        parts += [
+            "--set",
+            f"{name}={yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix('...').strip()}",
+        ]
     if config["minutes"]:
         parts += ["--minutes", str(config["minutes"])]
     defaults = Options()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 import yaml
 from pydantic import BaseModel, ValidationError
+from torch import nn
 
 from sfumato.data.batch import Facts
 from sfumato.engine import checkpoint
@@ -50,7 +51,9 @@ def build(
         raise BadData(f"{kind.__name__} needs a {missing[0]} with every image, this data has none: give {wanted[missing[0]]}")
     config = configure(kind.Config, preset_for(preset, device), settings or {}).fitted(facts)
     torch.default_generator.manual_seed(key(seed, "weights"))
-    return kind(config) if previous is None else kind.init_from(config, previous)
+    method = kind(config) if previous is None else kind.init_from(config, previous)
+    method.adopt(open_model)
+    return method
 
 
 def preset_for(preset: str, device: str) -> str:
@@ -139,6 +142,36 @@ def read_weights(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise BadCheckpoint(f"{path} holds no table of tensors")
     return dict(state)
+
+
+def open_model(word: str) -> nn.Module:
+    """The trained model that a setting names, in eval mode.
+
+    Args:
+        word: `timm:NAME` (timm downloads its weights), `timm:NAME@FILE` (a person's own weights for it), or what `load` takes.
+
+    Raises:
+        BadSetting: a name that timm has not.
+        BadCheckpoint: weights that cannot be had, or do not fit.
+    """
+    if not word.startswith("timm:"):
+        return load(word)
+    import timm
+
+    name, _, file = word.removeprefix("timm:").partition("@")
+    if not timm.is_model(name):
+        near = nearest(name, timm.list_models()) or ["vit_base_patch16_224"]
+        raise BadSetting(f"timm has no model {name!r}; did you mean {', '.join(near)}?")
+    if file:
+        model: nn.Module = timm.create_model(name, num_classes=0)
+        own, state = model.state_dict(), read_weights(Path(file))
+        load_weights(model, {k: v for k, v in state.items() if k in own}, file)  # without the file's last layer
+        return model.eval()
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).eval()  # type: ignore[no-any-return]
+    except Exception as error:  # a download can fail in any way
+        reason = " ".join(str(error).split())[:200]
+        raise BadCheckpoint(f"timm has no weights of {name} to give ({reason}): say timm:{name}@FILE to give your own") from None
 
 
 def rebuild(kind: type[Method], settings: dict[str, Any], source: Path) -> Method:

@@ -23,6 +23,9 @@ from .masked import normalize_patches as normalize_patches
 from .masked import patch_statistics as patch_statistics
 from .masked import weighted_l1 as weighted_l1
 from .ranking import pairwise_ranking as pairwise_ranking
+from .relations import feature_distill as feature_distill
+from .relations import relation_kl as relation_kl
+from .relations import value_relation_kl as value_relation_kl
 from .stable_softmax import cross_entropy_at as cross_entropy_at
 from .stable_softmax import log_stablemax as log_stablemax
 from .stable_softmax import stablemax as stablemax

@@ -1,5 +1,7 @@
 from .at_rest import eval_mode as eval_mode
 from .at_rest import exact_arithmetic as exact_arithmetic
+from .attention_capture import QKV as QKV
+from .attention_capture import capture_qkv as capture_qkv
 from .blind_spot import CentreMaskedConv2d as CentreMaskedConv2d
 from .blind_spot import ConditionalBlindSpotNet as ConditionalBlindSpotNet
 from .conv_encoder import ConvEncoder as ConvEncoder

@@ -219,6 +219,22 @@ class MaskedViTEncoder(nn.Module):
         z = self._add_positions(z, grid, ids)
         return z, None if self.position_bias is None else self.position_bias(grid=grid, ids=ids)
 
+    def tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the blocks start from, for loops over `blocks` of one's own: visible patches in raster order, class token first.
+
+        Args:
+            x: as for `forward`.
+            mask: as for `forward`.
+
+        Returns:
+            `[B, 1 + n, D]`, positions added; relative ones are the blocks' and not in it.
+
+        Raises:
+            BadData: as for `forward`.
+        """
+        grid, ids = self._grid(x), None if mask is None else to_ids(mask)[0]
+        return self._add_positions(self.patch_embed(x, ids), grid, ids)
+
     def features(self, x: Tensor, *, pool: str = "mean") -> Tensor:
         """One vector an image.
 

@@ -1,3 +1,5 @@
+from .attention_maps import attention_distance as attention_distance
+from .attention_maps import attention_nmi as attention_nmi
 from .batch_spectrum import batch_hessians as batch_hessians
 from .batch_spectrum import effective_batch as effective_batch
 from .batch_spectrum import hessian_noise as hessian_noise

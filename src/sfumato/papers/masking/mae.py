@@ -267,6 +267,10 @@ class MaskedImageModel(Method):
         """Images in [0, 1] with ImageNet's mean and deviation taken out."""
         return (x - self.mean) / self.std
 
+    def to_size(self, x: Tensor) -> Tensor:
+        """Images of any size as the network takes them: the short side resized, the middle cut out."""
+        return _fitted(x, self.config.image_size)
+
 
 class MAE(MaskedImageModel):
     """A masked autoencoder: the encoder sees a quarter of the patches, a small decoder the holes too."""
