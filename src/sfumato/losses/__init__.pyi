@@ -8,6 +8,8 @@ from .comp_sum_family import margins as margins
 from .contrastive import info_nce as info_nce
 from .contrastive import spectral_contrastive as spectral_contrastive
 from .contrastive import supervised_contrastive as supervised_contrastive
+from .distance import balanced_l1 as balanced_l1
+from .distance import laplace_relative_nll as laplace_relative_nll
 from .gram import gaussian_gram as gaussian_gram
 from .gram import median_bandwidth as median_bandwidth
 from .gram import squared_distances as squared_distances

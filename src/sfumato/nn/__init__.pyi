@@ -2,6 +2,8 @@ from .at_rest import eval_mode as eval_mode
 from .at_rest import exact_arithmetic as exact_arithmetic
 from .blind_spot import CentreMaskedConv2d as CentreMaskedConv2d
 from .blind_spot import ConditionalBlindSpotNet as ConditionalBlindSpotNet
+from .feature_pyramid import FeaturePyramid as FeaturePyramid
+from .feature_pyramid import PyramidBackbone as PyramidBackbone
 from .flat import flatten_params as flatten_params
 from .flat import layer_slices as layer_slices
 from .flat import unflatten_params as unflatten_params
@@ -16,6 +18,8 @@ from .linear_models import scale_output as scale_output
 from .masked_vit import EncoderOutput as EncoderOutput
 from .masked_vit import MaskedDecoder as MaskedDecoder
 from .masked_vit import MaskedViTEncoder as MaskedViTEncoder
+from .object_autoencoder import MaskedObjectAutoencoder as MaskedObjectAutoencoder
+from .object_tokens import RoITokens as RoITokens
 from .padding import pad_to_multiple as pad_to_multiple
 from .padding import reflect_pad as reflect_pad
 from .padding import tiled_apply as tiled_apply
