@@ -42,7 +42,8 @@ def perspective_scenes(
 ) -> Batch:
     """Frames with boxes, distances and visible shares.
 
-    Class, colour and place are uniform; the logarithm of the distance is, where the object's height lies in `pixels`.
+    Class, colour and place are uniform; the logarithm of the distance is, where the object's height lies in `pixels`. Objects are
+    brighter than the ground.
 
     Args:
         n: number of frames.
@@ -86,7 +87,8 @@ def perspective_scenes(
     passed = torch.cat((through[:, 1:], torch.ones_like(ink[:, :1])), 1)
     visible = (ink * passed).sum((2, 3)) / ink.sum((2, 3)).clamp(min=1e-6)
     ground = F.interpolate(_uniform((n, 3, 4, 4), generator), (size, size), mode="bicubic", align_corners=True)
-    x = (0.2 + 0.4 * ground) * through[:, :1] + torch.einsum("nkhw,nkc->nchw", ink * passed, u[..., 4:7])
+    colour = 0.5 + 0.5 * u[..., 4:7]
+    x = (0.1 + 0.3 * ground) * through[:, :1] + torch.einsum("nkhw,nkc->nchw", ink * passed, colour)
     draws = torch.randn(x.shape, generator=generator, device=generator.device if generator else "cpu").cpu()
     boxes = torch.cat((corner, corner + side[..., None]), -1)
     boxed = (there & (visible >= seen))[..., None]

@@ -609,7 +609,8 @@ ARMS: dict[str, dict[str, float]] = {
     "mask only": {"mask_ratio": 0.5, "alpha": 0.0},
     "MoM": {"mask_ratio": 0.5, "alpha": 10.0},
 }
-TRAIN_FRAMES, TEST_FRAMES, EPOCHS = 64, 150, 40
+TRAIN_FRAMES, TEST_FRAMES, EPOCHS = 256, 150, 20
+"""Chosen so that the base's clean error (0.31) is below that of the best guess from the boxes alone (0.34)."""
 SHARE = "occluded AbsRel, base = 1"
 
 
@@ -620,7 +621,7 @@ SHARE = "occluded AbsRel, base = 1"
     note="Two fifths of every object covered by grey. Masking alone and clean accuracy are reported, not judged.",
 )
 def occlusion(lab: Lab) -> Figures:
-    """64 drawn frames of digits at 4 to 20 m, 40 epochs; three arms from the same weights on the same frames."""
+    """256 drawn frames of digits at 4 to 20 m, 20 epochs; three arms from the same weights on the same frames."""
     train, test = _scenes(lab)
     assert test.boxes is not None
     hidden = Batch(cover(test.x, test.boxes, 0.4, generator=lab.generator), test.index, target=test.target, boxes=test.boxes)
@@ -640,9 +641,9 @@ def occlusion(lab: Lab) -> Figures:
     note="The mean colour is that of the whole crop, hidden cells included.",
 )
 def reconstruction(lab: Lab) -> Figures:
-    """The MoM arm of `occlusion` on test frames under fresh masks."""
+    """The MoM arm of `occlusion` after 10 epochs, on test frames under fresh masks."""
     train, test = _scenes(lab)
-    model = _trained(lab, train, {"MoM": ARMS["MoM"]})["MoM"]
+    model = _trained(lab, train, {"MoM": ARMS["MoM"]}, epochs=10)["MoM"]
     assert test.boxes is not None
     ours, plain, _ = model.reconstruction_errors(test.x, test.boxes, lab.generator)
     for name, pictures in model.preview(Batch(test.x[:4], test.index[:4], boxes=test.boxes[:4]), lab.generator).items():
@@ -657,14 +658,14 @@ def _scenes(lab: Lab) -> tuple[Batch, Batch]:
     return tuple(perspective_scenes(n, split=s, generator=generator) for n, s in ((TRAIN_FRAMES, "train"), (TEST_FRAMES, "test")))  # type: ignore[return-value, arg-type]
 
 
-def _trained(lab: Lab, train: Batch, arms: dict[str, dict[str, float]]) -> dict[str, MoM]:
+def _trained(lab: Lab, train: Batch, arms: dict[str, dict[str, float]], *, epochs: int = EPOCHS) -> dict[str, MoM]:
     torch.manual_seed(lab.seed)
     first = MoM(MoM.Config.small()).state_dict()
     models: dict[str, MoM] = {}
     for arm, settings in arms.items():
         model = MoM(MoM.Config.small(**settings))
         model.load_state_dict(copy.deepcopy(first))
-        models[arm] = lab.fit(model, train, steps=lab.steps(EPOCHS * TRAIN_FRAMES // model.config.batch_size))
+        models[arm] = lab.fit(model, train, steps=lab.steps(epochs * TRAIN_FRAMES // model.config.batch_size))
     return models
 
 
