@@ -214,7 +214,7 @@ class Predictor(Protocol):
 
 @runtime_checkable
 class ObjectPredictor(Protocol):
-    """Turns images `[B, C, H, W]` in [0, 1] and boxes `[B, n, 4]` (xyxy in pixels, NaN where there are fewer) into values `[B, n]`."""
+    """Turns images `[B, C, H, W]` in [0, 1] and boxes `[B, n, 4]` (xyxy in pixels, NaN: none) into values `[B, n]`."""
 
     def predict_objects(self, x: Tensor, boxes: Tensor) -> Tensor: ...
 

@@ -1,7 +1,7 @@
 """Boxes around objects: ragged boxes in a rectangular tensor, crops of one size, noise on boxes, a map of their centres.
 
     padded:  [B, n, 4] xyxy in pixels, rows of NaN where an image has fewer than n objects
-    rows:    [N, 5] (image, x1, y1, x2, y2), the real boxes of all images below each other, as `torchvision.ops.roi_align` takes them
+    rows:    [N, 5] (image, x1, y1, x2, y2), the real boxes of all images, as `torchvision.ops.roi_align` takes them
     IoU jitter:  each side moves by side · U(-e, e),  e = min((1 - √q) / 2, (1 / √q - 1) / 2):  IoU with the old box is at least q
 
 Source: Panariello et al. 2024, "Monocular per-object distance estimation with Masked Object Modeling", arXiv 2401.03191 (noise on

@@ -27,7 +27,7 @@ from sfumato.errors import BadData
 
 
 class Sample(NamedTuple):
-    """One sample: `x` `[C, H, W]` (video `[T, C, H, W]`) as uint8 or as float in [0, 1], its class number, target, boxes `[n, 4]`."""
+    """One sample: `x` `[C, H, W]` (video `[T, C, H, W]`), uint8 or float in [0, 1]; its class number, target, boxes `[n, 4]`."""
 
     x: Tensor
     label: int | None = None
@@ -227,9 +227,7 @@ class ImageSet(Dataset[Sample]):
             raise BadData(f"the images have unlike sizes ({', '.join(sizes[:4])}): crop or resize them to one size")
         label = torch.tensor([s.label for s in samples]) if self.items.labelled else None
         boxes = [s.boxes for s in samples if s.boxes is not None]
-        return Batch(
-            torch.stack(x), index, label, torch.stack(target) if target else None, torch.stack(boxes) if boxes else None
-        )
+        return Batch(torch.stack(x), index, label, torch.stack(target) if target else None, torch.stack(boxes) if boxes else None)
 
 
 def summary(train: ImageSet, test: ImageSet | None = None) -> str:

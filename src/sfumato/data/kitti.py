@@ -6,10 +6,11 @@
 
 A distance is the depth, in metres along the optical axis, of the nearest surface: of the laser's returns inside the object's 3D
 box, the one a tenth of the way from near to far. Without a laser it is that of the centre of the labelled 3D box, which lies up
-to half an object farther away; `notes` says so. Boxes of the class DontCare are left out, as are those without a return.
+to half an object farther away; `notes` says so. Boxes of the class DontCare are left out, as are those without a return. A depth
+that is not above 0 stands for an unknown one.
 
-Sources: Geiger et al. 2012 (format); Zhu and Fang 2019 (distance from the returns). The split of Chen et al. 2015, 3,712 and 3,769
-frames, comes as such lists with most detectors.
+Sources: Geiger et al. 2012 (format); Zhu and Fang 2019 (distance from the returns). The split of Chen et al. 2015, 3,712 and
+3,769 frames, comes as such lists with most detectors.
 
 >>> import tempfile, torch
 >>> from pathlib import Path
@@ -81,7 +82,7 @@ def open_kitti(
 
     Args:
         folder: see the head of this file.
-        split: "train" or "test".
+        split: "train", "test" or "all".
         holdout: share of the frames that is given to "test" where there are no lists, by a hash of each name.
         channels: 1 or 3; None: as stored.
         cache_bytes: most memory for pixels.
@@ -203,7 +204,7 @@ class _Frames:
         return len(self.labels)
 
     def read(self, i: int) -> Sample:
-        """Frame `i`, cut or filled; objects that are outside of it, or not measured, have no box."""
+        """Frame `i`, cut or filled; objects outside of it, or without a return where there is a laser, have no box."""
         (height, width), label = self.size, self.labels[i]
         x = self.items.read(i).x
         x = F.pad(x, (0, max(0, width - x.shape[2]), 0, max(0, height - x.shape[1])))[:, :height, :width]
@@ -213,7 +214,10 @@ class _Frames:
             points = torch.from_numpy(np.fromfile(scan, np.float32).reshape(-1, 4)[:, :3])
             values[:, 0] = laser_distances(points, label, read_calibration(self.root / "calib" / f"{self.stems[i]}.txt"))
         boxes = label.boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-        good = (boxes[:, 2:] > boxes[:, :2]).all(1) & (values[:, 0] > 0)
+        good = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        if self.root is not None:
+            good = good & values[:, 0].isfinite()
+        values[:, 0] = torch.where(values[:, 0] > 0, values[:, 0], torch.nan)
         padded = (pad_boxes([torch.where(good[:, None], v, torch.nan)], length=self.most)[0] for v in (boxes, values))
         boxes, values = padded
         return Sample(x, target=values, boxes=boxes)
@@ -229,11 +233,15 @@ class _Frames:
     def in_memory(self) -> InMemory:
         """All frames at once."""
         samples = [self.read(i) for i in range(len(self))]
-        boxes, target = (torch.stack([v for v in values if v is not None]) for values in zip(*((s.boxes, s.target) for s in samples)))
+        boxes, target = (
+            torch.stack([v for v in values if v is not None]) for values in zip(*((s.boxes, s.target) for s in samples))
+        )
         return InMemory([s.x for s in samples], target=target, boxes=boxes)
 
 
 def _of_split(root: Path, stems: list[str], split: str, holdout: float) -> list[str]:
+    if split == "all":
+        return stems
     lists = {"train": root / "ImageSets" / "train.txt", "test": root / "ImageSets" / "val.txt"}
     if not all(path.is_file() for path in lists.values()):
         lists = {name: root.parent / "ImageSets" / path.name for name, path in lists.items()}

@@ -1,6 +1,6 @@
 """Frames of digits that stand at known distances before a pinhole camera: a scene for estimating the distance of boxed objects.
 
-    height in pixels = focal · H_class / distance,      H_class = 1.2, 1.7, 2.2, 0.9, 2.8, 1.45, 2.5, 0.75, 3.2, 1.95 m for 0 ... 9
+    height in pixels = focal · H_class / distance,     H_class = 1.2, 1.7, 2.2, 0.9, 2.8, 1.45, 2.5, 0.75, 3.2, 1.95 m for 0 ... 9
 
 The size of a box alone does not tell a distance: the digit must be recognised. Near objects stand before far ones.
 

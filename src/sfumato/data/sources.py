@@ -158,7 +158,13 @@ def _pairs(place: str) -> Found:
 
 
 def _open_sample(name: str, split: str, channels: int | None) -> ImageSet:
-    kinds: dict[str, Callable[[str], ImageSet]] = {"photos": _photos, "digits": _digits, "faces": _faces, "video": _video, "scenes": _scenes}
+    kinds: dict[str, Callable[[str], ImageSet]] = {
+        "photos": _photos,
+        "digits": _digits,
+        "faces": _faces,
+        "video": _video,
+        "scenes": _scenes,
+    }
     if name not in kinds:
         close = nearest(name, kinds)
         hint = f"did you mean sample:{close[0]}? " if close else ""

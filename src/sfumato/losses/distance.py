@@ -5,8 +5,8 @@
 
 Gaussian with a log-variance is torch's own: `F.gaussian_nll_loss(mean, y, log_variance.exp())`.
 
-Sources: Kendall and Gal 2017 (a scale predicted beside the value); Pang et al. 2019, "Libra R-CNN" (balanced L1); both in the form
-of the official code of Panariello et al. 2024, arXiv 2401.03191.
+Sources: Kendall and Gal 2017 (a scale predicted beside the value); Pang et al. 2019, "Libra R-CNN" (balanced L1); both as
+Panariello et al. 2024, arXiv 2401.03191, use them.
 
 >>> import torch
 >>> from sfumato.losses import balanced_l1, laplace_relative_nll

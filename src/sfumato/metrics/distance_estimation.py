@@ -17,6 +17,7 @@ Mancusi et al. 2023 (ALP, ALE, ALOE), as in Panariello et al. 2024, arXiv 2401.0
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def distance_metrics(pred: Tensor, true: Tensor, visibility: Tensor | None = Non
 def _binned(name: str, error: Tensor, by: Tensor, edges: tuple[float, ...], unit: float = 1) -> dict[str, Tensor]:
     """Mean error where `by` lies in [low, high) of each range; NaN for an empty one."""
     found = {}
-    for low, high in zip(edges, edges[1:]):
+    for low, high in pairwise(edges):
         inside = (by >= low) & (by < high)
         mean = torch.where(inside, error, 0.0).sum() / inside.sum()
         found[f"{name}_{math.floor(low * unit + 0.5)}-{math.floor(high * unit + 0.5)}"] = mean

@@ -52,7 +52,8 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(width, dim, 1) for width in widths)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(dim, out, 3, padding=1, bias=False), nn.GroupNorm(min(32, out), out), nn.ReLU()) for _ in widths
+            nn.Sequential(nn.Conv2d(dim, out, 3, padding=1, bias=False), nn.GroupNorm(min(32, out), out), nn.ReLU())
+            for _ in widths
         )
         self.out_channels = out * len(widths)
 
@@ -132,7 +133,12 @@ def _widen(trunk: nn.Module, channels: int) -> None:
     """Another number of input channels for the first convolution; what it knows of the first three stays."""
     name, first = next((n, m) for n, m in trunk.named_modules() if isinstance(m, nn.Conv2d))
     fresh = nn.Conv2d(
-        channels, first.out_channels, first.kernel_size, first.stride, first.padding, bias=first.bias is not None  # type: ignore[arg-type]
+        channels,
+        first.out_channels,
+        first.kernel_size,
+        first.stride,
+        first.padding,
+        bias=first.bias is not None,  # type: ignore[arg-type]
     )
     with torch.no_grad():
         fresh.weight[:, :3] = first.weight[:, :channels]

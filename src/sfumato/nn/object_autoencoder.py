@@ -1,11 +1,11 @@
 """A masked autoencoder on the tokens of one object: the encoder sees those that are left, a small decoder predicts the pixels.
 
-    z = LN( blocks( visible( LN W LN t + p ) ) );     x̂ = W' LN( blocks( z + q at visible places, m + q at hidden ones ) )
+    z = LN( blocks( visible( LN W LN t + p ) ) );   x̂ = W' LN( blocks( z + q at visible places, m + q at hidden ones ) )
 
 p, q: learned positions; m: a learned token. Unlike MAE's, tokens come from a feature map, positions are learned, and the decoder
 may have the width of the encoder.
 
-Source: Panariello et al. 2024, arXiv 2401.03191, section 3 (official code `mae_regressor`, `vit_encoder`; written from its facts).
+Source: Panariello et al. 2024, arXiv 2401.03191, section 3.
 
 >>> import torch
 >>> from sfumato.masks import random_mask
@@ -124,5 +124,3 @@ class MaskedObjectAutoencoder(nn.Module):
 
 def _heads(blocks: nn.Sequential) -> int | None:
     return blocks[0].attn.num_heads if len(blocks) else None  # type: ignore[union-attr, return-value]
-
-

@@ -49,7 +49,9 @@ class RoITokens(nn.Module):
         (height, width), (h, w) = size, features.shape[-2:]
         scale = w / width
         if abs(h - scale * height) > 1:
-            raise BadData(f"features of {h} x {w} do not come from an image of {height} x {width}: boxes are in pixels of the image")
+            raise BadData(
+                f"features of {h} x {w} do not come from an image of {height} x {width}: boxes are in pixels of the image"
+            )
         rows = boxes.to(features) if isinstance(boxes, Tensor) else [b.to(features) for b in boxes]
         cut: Tensor = roi_align(features, rows, self.grid, spatial_scale=scale, aligned=self.aligned)
         return cut

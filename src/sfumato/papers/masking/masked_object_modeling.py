@@ -8,10 +8,10 @@ Masks lie on tokens of objects, not on pixels of frames: an object of ten pixels
 nothing is hidden and the decoder is not run. `MoMHead` adds the auxiliary loss to any detector or regressor.
 
 Source: Panariello, Mancusi, Haj Ali, Porrello, Calderara, Cucchiara 2024, "Monocular Per-Object Distance Estimation with Masked
-Object Modeling" (first as "DistFormer"), CVIU 2025, arXiv 2401.03191. Defaults are those for KITTI. Our choices: crops by RoIAlign
-of the clean frame instead of one resize a box, half-pixel aligned boxes, blocks of the pyramid, a log-variance clamped to
-[-10, 10]. Left out: the anchor token, the focal-frequency variant of L_mom, graph networks instead of attention, clips. Weights are
-random unless `pretrained` is asked for; the paper starts from ImageNet-22k and a pre-trained ViT-B.
+Object Modeling" (first as "DistFormer"), CVIU 2025, arXiv 2401.03191. Defaults are those for KITTI. Our choices: crops by
+RoIAlign of the clean frame instead of one resize a box, half-pixel aligned boxes, blocks of the pyramid, a log-variance clamped to
+[-10, 10]. Left out: the anchor token, the focal-frequency variant of L_mom, graph networks instead of attention, clips. Weights
+are random unless `pretrained` is asked for; the paper starts from ImageNet-22k and a pre-trained ViT-B.
 
 >>> import torch
 >>> from sfumato.data import perspective_scenes
@@ -234,7 +234,9 @@ class MoMHead(nn.Module):
                 raise BadData("this head has no backbone: give features=")
             features = self.backbone(x)
         if any(abs(f * self.stride - s) >= self.stride for f, s in zip(features.shape[-2:], x.shape[-2:])):
-            raise BadData(f"features are {list(features.shape[-2:])}: stride {self.stride} of {list(x.shape[-2:])} is something else")
+            raise BadData(
+                f"features are {list(features.shape[-2:])}: stride {self.stride} of {list(x.shape[-2:])} is something else"
+            )
         tokens = self.tokens(features, rows, (x.shape[-2], x.shape[-1]))
         if hidden is None and self.training:
             hidden = self.draw_mask(len(rows), device=x.device, generator=generator)
@@ -363,7 +365,7 @@ class MoM(Method):
             """NuScenes, 450 x 600 pixels, 25 epochs; say the steps of your split."""
             preset: dict[str, Any] = {
                 "backbone": "convnext_small", "batch_size": 8, "alpha": 10.0, "min_box": 5.0, "weight_decay": 1e-5,
-                "restarts": 25, "distance_loss": "gaussian", "distance_warmup": (0.0, 0.0),
+                "decoder_heads": 12, "restarts": 25, "distance_loss": "gaussian", "distance_warmup": (0.0, 0.0),
             }  # fmt: skip
             return cls(**{**preset, **over})
 
@@ -391,7 +393,8 @@ class MoM(Method):
         backbone = PyramidBackbone(c.backbone, channels + c.use_centers, pretrained=c.pretrained)
         self.head = MoMHead(
             backbone, backbone.out_channels, backbone.stride, dim=c.dim, grid=c.grid, crop=c.crop, channels=channels,
-            mask_ratio=c.mask_ratio, norm_pix=c.norm_pix, visible_weight=c.visible_weight, hidden_dim=c.roi_dim, aligned=c.aligned,
+            mask_ratio=c.mask_ratio, norm_pix=c.norm_pix, visible_weight=c.visible_weight, hidden_dim=c.roi_dim,
+            aligned=c.aligned,
             weighing={name: getattr(c, name) for name in ("min_brightness", "min_box", "weight_dark", "weight_small")},
             autoencoder={
                 name: getattr(c, name)
@@ -582,7 +585,8 @@ class MoM(Method):
 
 
 SMALL: dict[str, Any] = {
-    "steps": 600, "batch_size": 8, "backbone": "conv", "use_centers": False, "grid": 4, "crop": (16, 16), "roi_dim": 48, "dim": 48,
+    "steps": 600, "batch_size": 8, "backbone": "conv", "use_centers": False, "grid": 4, "crop": (16, 16), "roi_dim": 48,
+    "dim": 48,
     "encoder_depth": 2, "encoder_heads": 4, "decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 4, "head_dim": 64,
     "box_geometry": True, "output": "exp", "alpha": 10.0, "distance_warmup": (0.0, 0.0), "min_box": 1.0, "lr": 2e-3,
     "weight_decay": 1e-2, "schedule": "cosine", "flip": False,
@@ -703,7 +707,10 @@ def _inside(boxes: Tensor, size: Any) -> Tensor:
         "frame masks hide more of the objects smaller than a patch than of larger ones",
         lambda f: f["frame masks"]["hidden, small"] > f["frame masks"]["hidden, large"],
     ),
-    Holds("object masks hide no object as a whole", lambda f: f["object masks"]["hidden, small"] == 0 == f["object masks"]["hidden, large"]),
+    Holds(
+        "object masks hide no object as a whole",
+        lambda f: f["object masks"]["hidden, small"] == 0 == f["object masks"]["hidden, large"],
+    ),
     Holds("object masks leave 32 of 64 cells of every object", lambda f: f["object masks"]["least visible"] == 0.5),
     seeds=range(100, 105),
     note="A count without training: frames of 64 pixels, patches of 16, half of them hidden.",
