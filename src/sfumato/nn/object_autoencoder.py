@@ -42,6 +42,8 @@ class MaskedObjectAutoencoder(nn.Module):
         decoder_depth: blocks of the decoder.
         decoder_heads: its attention heads.
         mlp_ratio: hidden width of the MLPs over the block's width.
+        token_std: deviation of the first positions and mask token. At 1 the mean of few visible tokens is mostly that of their
+            positions, which a small network unlearns slowly.
     """
 
     def __init__(
@@ -57,17 +59,18 @@ class MaskedObjectAutoencoder(nn.Module):
         decoder_depth: int = 2,
         decoder_heads: int = 8,
         mlp_ratio: float = 4.0,
+        token_std: float = 1.0,
     ) -> None:
         super().__init__()
         rows, columns = grid_shape(grid)
         length, inner = rows * columns, decoder_dim or dim
         self.embed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.LayerNorm(dim))
-        self.positions = nn.Parameter(torch.randn(1, length, dim))
+        self.positions = nn.Parameter(token_std * torch.randn(1, length, dim))
         self.encoder = nn.Sequential(*(_block(dim, encoder_heads, mlp_ratio) for _ in range(encoder_depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.bridge = nn.Identity() if inner == dim else nn.Linear(dim, inner)
-        self.mask_token = nn.Parameter(torch.randn(1, 1, inner))
-        self.decoder_positions = nn.Parameter(torch.randn(1, length, inner))
+        self.mask_token = nn.Parameter(token_std * torch.randn(1, 1, inner))
+        self.decoder_positions = nn.Parameter(token_std * torch.randn(1, length, inner))
         self.decoder = nn.Sequential(*(_block(inner, decoder_heads, mlp_ratio) for _ in range(decoder_depth)))
         self.decoder_norm = nn.LayerNorm(inner, eps=1e-6)
         self.head = nn.Linear(inner, channels * cell[0] * cell[1])
@@ -83,7 +86,7 @@ class MaskedObjectAutoencoder(nn.Module):
             `[N, n, dim]`, visible tokens in raster order.
         """
         z = self.embed(tokens) + self.positions
-        if hidden is not None:
+        if hidden is not None and len(hidden):
             z = take_tokens(z, to_ids(hidden)[0])
         encoded: Tensor = self.norm(self.encoder(z))
         return encoded
