@@ -44,7 +44,7 @@ from sfumato.errors import BadCheckpoint
 
 __all__ = [
     "Batch", "Context", "Encoder", "Facts", "Loss", "LossFunction", "Method", "MethodConfig",
-    "Predictor", "Restorer", "Result", "Sampler", "Searcher", "Step", "TimmExportable", "capabilities",
+    "ObjectPredictor", "Predictor", "Restorer", "Result", "Sampler", "Searcher", "Step", "TimmExportable", "capabilities",
 ]  # fmt: skip
 
 
@@ -223,6 +223,13 @@ class Predictor(Protocol):
 
 
 @runtime_checkable
+class ObjectPredictor(Protocol):
+    """Turns images `[B, C, H, W]` in [0, 1] and boxes `[B, n, 4]` (xyxy in pixels, NaN: none) into values `[B, n]`."""
+
+    def predict_objects(self, x: Tensor, boxes: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
 class Sampler(Protocol):
     """Draws `n` new images `[n, C, H, W]` in [0, 1]."""
 
@@ -248,5 +255,8 @@ class TimmExportable(Protocol):
 
 def capabilities(method: Method) -> dict[str, type]:
     """What a method can do, by the verb a person would use; what it is there for comes first."""
-    verbs = {"restore": Restorer, "search": Searcher, "predict": Predictor, "sample": Sampler, "encode": Encoder}
+    verbs = {
+        "restore": Restorer, "search": Searcher, "predict": Predictor, "predict-objects": ObjectPredictor, "sample": Sampler,
+        "encode": Encoder,
+    }  # fmt: skip
     return {verb: kind for verb, kind in verbs.items() if isinstance(method, kind)}

@@ -145,7 +145,7 @@ def check_sfumato(words):
         assert set(settings) <= set(load_kind(given["kind"]).settings.model_fields)
     if name == "apply":
         assert given["do"] in (None, "restore", "encode", "predict", "search")
-    place = r"sample:(photos|digits|faces|video)|(arrays|pairs|hf|wds):\S+|[^:]+"
+    place = r"sample:(photos|digits|faces|video|scenes)|(arrays|pairs|kitti|hf|wds):\S+|[^:]+"
     assert re.fullmatch(place, given.get("data") or "none"), "a place that `open_data` knows"
 
 

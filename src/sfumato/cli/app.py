@@ -125,7 +125,9 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", "-d", help="sample:photos|digits|faces, a folder, a picture, pairs:IN:TARGET, arrays:file.npz, ..."
+            "--data",
+            "-d",
+            help="sample:photos|digits|faces, a folder, a picture, pairs:IN:TARGET, arrays:file.npz, kitti:FOLDER, ...",
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps (default: the method's).")] = None,

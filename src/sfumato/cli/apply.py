@@ -24,10 +24,10 @@ def apply(run: Path, inputs: list[Path], out: Path, *, verb: str | None, device:
     can = capabilities(method)
     wanted = BY_SUFFIX.get(out.suffix)
     verb = verb or (wanted if wanted in can else next(iter(can), None))
-    if verb == "search" and verb in can:
-        return search(method, inputs, out)
+    if verb in WITHOUT_PICTURES and verb in can:
+        return WITHOUT_PICTURES[verb](method, inputs, out)
     if verb not in APPLICABLE or verb not in can:
-        able = ", ".join(v for v in can if v in (*APPLICABLE, "search")) or "nothing that apply does"
+        able = ", ".join(v for v in can if v in (*APPLICABLE, *WITHOUT_PICTURES)) or "nothing that apply does"
         raise BadSetting(f"{run} cannot {verb or 'be applied'}; it can: {able}")
     pictures = Pictures(inputs)
     with torch.inference_mode():
@@ -145,11 +145,38 @@ def search(method: Any, inputs: list[Path], out: Path) -> None:
     say(f"{target}  ({len(found)} designs; expected {float(expected.max()):.4g}, best of those given {float(value.max()):.4g})")
 
 
+@torch.no_grad()
+def predict_objects(method: Any, inputs: list[Path], out: Path) -> None:
+    """`objects.csv`: the value that a run expects for every box of the frames of a folder in KITTI's format."""
+    from sfumato.data.kitti import open_kitti
+
+    target = out if out.suffix == ".csv" else out / "objects.csv"
+    rows: list[list[Any]] = []
+    for folder in inputs:
+        frames = open_kitti(folder, "all", channels=channels_of(method))
+        assert frames is not None  # only a split can be empty
+        for i, name in enumerate(frames.names):
+            batch = frames.gather(torch.tensor([i])).to(method.device)
+            assert batch.boxes is not None
+            values = method.predict_objects(batch.x, batch.boxes)[0].tolist()
+            objects = [(box, value) for box, value in zip(batch.boxes[0].tolist(), values) if value == value]  # NaN: no box
+            rows += [[name, *(f"{v:.2f}" for v in box), f"{value:.4g}"] for box, value in objects]
+        for bad, reason in frames.skipped:
+            hint(f"skipped {bad}: {reason}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "w", newline="") as file:
+        csv.writer(file).writerows([["name", "x1", "y1", "x2", "y2", "value"], *rows])
+    say(f"{target}  ({len(rows)} objects)")
+
+
 SEARCH_STARTS = 128
 """How many of the given designs a search starts from: the best ones."""
 
 
 APPLICABLE: dict[str, Callable[[Method, Pictures, Path, Path], None]] = {"restore": restore, "encode": encode, "predict": predict}
+
+WITHOUT_PICTURES: dict[str, Callable[[Method, list[Path], Path], None]] = {"search": search, "predict-objects": predict_objects}
+"""What reads its input in its own way."""
 
 
 BY_SUFFIX = {".npz": "encode", ".csv": "predict"}

@@ -4,6 +4,11 @@ from .algorithmic import modular as modular
 from .algorithmic import sparse_parity as sparse_parity
 from .batch import Batch as Batch
 from .batch import Facts as Facts
+from .boxes import box_rows as box_rows
+from .boxes import center_heatmap as center_heatmap
+from .boxes import jitter_boxes as jitter_boxes
+from .boxes import pad_boxes as pad_boxes
+from .boxes import resized_crops as resized_crops
 from .decoding import Header as Header
 from .gaussian_mixture import GaussianMixture as GaussianMixture
 from .gaussian_mixture import gaussian_grid as gaussian_grid
@@ -17,6 +22,7 @@ from .images import write_image as write_image
 from .latents import LatentCache as LatentCache
 from .linear_regression import LinearTeacher as LinearTeacher
 from .linear_regression import linear_teacher as linear_teacher
+from .perspective_scenes import perspective_scenes as perspective_scenes
 from .samples import digits as digits
 from .samples import faces as faces
 from .samples import moving_crops as moving_crops

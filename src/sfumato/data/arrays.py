@@ -130,11 +130,11 @@ def given_data(data: Any, channels: int | None = None) -> ImageSet:
     if isinstance(data, Dataset):
         return ImageSet(Wrapped(data), classes=getattr(data, "classes", None))
     x: Any
-    labels, target = None, None
+    labels, target, boxes = None, None, None
     if isinstance(data, Batch):
-        x, labels, target = data.x.detach().cpu(), data.label, data.target
+        x, labels, target, boxes = data.x.detach().cpu(), data.label, data.target, data.boxes
         _check_finite(x, "x")
-        labels, target = (None if v is None else v.detach().cpu() for v in (labels, target))
+        labels, target, boxes = (None if v is None else v.detach().cpu() for v in (labels, target, boxes))
     else:
         x, y = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
         x = _images_or_list(x, "x")
@@ -143,12 +143,14 @@ def given_data(data: Any, channels: int | None = None) -> ImageSet:
         elif y is not None:
             target = _images_or_list(y, "y")
             _check_targets(x, target, "")
-    x, target = (_with_channels(v, channels) for v in (x, target))
-    return ImageSet(InMemory(x, labels, target), classes=_class_names(labels, None, "y"))
+    x, target = _with_channels(x, channels), target if boxes is not None else _with_channels(target, channels)
+    return ImageSet(InMemory(x, labels, target, boxes), classes=_class_names(labels, None, "y"))
 
 
 class Wrapped:
     """A person's own map-style data set; it is asked anew every time, since it may augment."""
+
+    boxed = False
 
     def __init__(self, data: Any) -> None:
         if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):

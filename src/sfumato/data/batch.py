@@ -24,13 +24,15 @@ class Batch:
         x: inputs; images are `[B, C, H, W]` in [0, 1], video `[B, T, C, H, W]`.
         index: `[B]`, the position of each sample in its data set (long).
         label: `[B]`, class numbers (long), where the data has classes.
-        target: what `x` should become, `[B, C, H, W]`, where the data is paired.
+        target: what `x` should become, `[B, C, H, W]`, where the data is paired; of boxes what is known, `[B, n, K]`.
+        boxes: `[B, n, 4]`, xyxy in pixels of `x`, where objects are boxed; rows of NaN where an image has fewer than n.
     """
 
     x: Tensor
     index: Tensor
     label: Tensor | None = None
     target: Tensor | None = None
+    boxes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)

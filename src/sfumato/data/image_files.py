@@ -85,6 +85,8 @@ class Found:
 class OnDisk:
     """Samples that are decoded whenever they are asked for."""
 
+    boxed = False
+
     def __init__(self, found: Found, headers: list[Header], channels: int, max_pixels: int | None) -> None:
         self.found, self.headers, self.max_pixels = found, headers, max_pixels
         self.labelled, self.paired = found.labels is not None, found.targets is not None

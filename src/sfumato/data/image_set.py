@@ -27,11 +27,12 @@ from sfumato.errors import BadData
 
 
 class Sample(NamedTuple):
-    """One sample: `x` `[C, H, W]` (video `[T, C, H, W]`) as uint8 or as float in [0, 1], its class number, its target."""
+    """One sample: `x` `[C, H, W]` (video `[T, C, H, W]`), uint8 or float in [0, 1]; its class number, target, boxes `[n, 4]`."""
 
     x: Tensor
     label: int | None = None
     target: Tensor | None = None
+    boxes: Tensor | None = None
 
 
 class Items(Protocol):
@@ -39,6 +40,7 @@ class Items(Protocol):
 
     labelled: bool
     paired: bool
+    boxed: bool
 
     def __len__(self) -> int: ...
     def read(self, i: int) -> Sample:
@@ -58,10 +60,14 @@ class InMemory:
     """Samples in memory: one tensor `[N, ...]`, or a list of tensors of unlike sizes."""
 
     def __init__(
-        self, x: Tensor | list[Tensor], labels: Tensor | None = None, target: Tensor | list[Tensor] | None = None
+        self,
+        x: Tensor | list[Tensor],
+        labels: Tensor | None = None,
+        target: Tensor | list[Tensor] | None = None,
+        boxes: Tensor | None = None,
     ) -> None:
-        self.x, self.labels, self.target = _stacked(x), labels, None if target is None else _stacked(target)
-        self.labelled, self.paired = labels is not None, target is not None
+        self.x, self.labels, self.target, self.boxes = _stacked(x), labels, None if target is None else _stacked(target), boxes
+        self.labelled, self.paired, self.boxed = labels is not None, target is not None, boxes is not None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -69,7 +75,8 @@ class InMemory:
     def read(self, i: int) -> Sample:
         """Sample `i`; 16 bits as floats, since few transforms know uint16."""
         label = None if self.labels is None else int(self.labels[i])
-        return Sample(_no_uint16(self.x[i]), label, None if self.target is None else _no_uint16(self.target[i]))
+        target = None if self.target is None else _no_uint16(self.target[i])
+        return Sample(_no_uint16(self.x[i]), label, target, None if self.boxes is None else self.boxes[i])
 
     def sizes(self) -> list[tuple[int, int]]:
         """(H, W) of the samples: one where they are stacked, none where they are no images."""
@@ -87,16 +94,17 @@ class InMemory:
             return None
         label = None if self.labels is None else self.labels.index_select(0, index)
         target = None if self.target is None else as_unit(self.target.index_select(0, index))
-        return Batch(as_unit(self.x.index_select(0, index)), index, label, target)
+        boxes = None if self.boxes is None else self.boxes.index_select(0, index)
+        return Batch(as_unit(self.x.index_select(0, index)), index, label, target, boxes)
 
     def select(self, rows: Sequence[int]) -> InMemory:
         """Some of the samples, in the given order."""
         index = torch.tensor(rows)
-        x, labels, target = (
+        x, labels, target, boxes = (
             None if v is None else v[index] if isinstance(v, Tensor) else [v[i] for i in rows]
-            for v in (self.x, self.labels, self.target)
+            for v in (self.x, self.labels, self.target, self.boxes)
         )
-        return InMemory(x, labels, target)  # type: ignore[arg-type]
+        return InMemory(x, labels, target, boxes)  # type: ignore[arg-type]
 
 
 class Selected:
@@ -104,7 +112,7 @@ class Selected:
 
     def __init__(self, items: Items, rows: Sequence[int]) -> None:
         self.items, self.rows = items, list(rows)
-        self.labelled, self.paired = items.labelled, items.paired
+        self.labelled, self.paired, self.boxed = items.labelled, items.paired, items.boxed
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -153,7 +161,7 @@ class ImageSet(Dataset[Sample]):
             channels=items.channels(),
             size=sizes.pop() if len(sizes) == 1 else None,
             classes=None if classes is None else tuple(classes),
-            fields=("x", "index") + ("label",) * (items.labelled) + ("target",) * items.paired,
+            fields=("x", "index") + ("label",) * (items.labelled) + ("target",) * items.paired + ("boxes",) * items.boxed,
         )
 
     def __len__(self) -> int:
@@ -218,7 +226,8 @@ class ImageSet(Dataset[Sample]):
             sizes = sorted({f"{t.shape[-1]}x{t.shape[-2]}" for t in x + target})
             raise BadData(f"the images have unlike sizes ({', '.join(sizes[:4])}): crop or resize them to one size")
         label = torch.tensor([s.label for s in samples]) if self.items.labelled else None
-        return Batch(torch.stack(x), index, label, torch.stack(target) if target else None)
+        boxes = [s.boxes for s in samples if s.boxes is not None]
+        return Batch(torch.stack(x), index, label, torch.stack(target) if target else None, torch.stack(boxes) if boxes else None)
 
 
 def summary(train: ImageSet, test: ImageSet | None = None) -> str:
@@ -228,10 +237,12 @@ def summary(train: ImageSet, test: ImageSet | None = None) -> str:
     sizes = sorted({size for s in sets for size in s.items.sizes()}, key=lambda size: (size[0] * size[1], size))
     ends = dict.fromkeys(f"{w}x{h}" for h, w in (sizes[:1] + sizes[-1:]))
     skipped = {one for s in sets for one in s.skipped}
-    kind = ("pair" if train.items.paired else "image" if sizes else "sample") + "s" * (count != 1)
+    pairs = train.items.paired and not train.items.boxed
+    kind = ("pair" if pairs else "image" if sizes else "sample") + "s" * (count != 1)
     parts = [
         f"{count} {kind}" + (f" ({len(test)} to test on)" if test else ""),
         f"{len(facts.classes)} classes" if facts.classes else "",
+        "boxed objects" if train.items.boxed else "",
         " to ".join(ends),
         "grey" if facts.channels == 1 and sizes else "",
         f"{len(skipped)} skipped" if skipped else "",

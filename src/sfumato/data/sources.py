@@ -3,10 +3,12 @@
 | where | what |
 |---|---|
 | `sample:photos`, `digits`, `faces`, `video` | real data that needs no download |
+| `sample:scenes` | drawn frames of digits at known distances, boxed |
 | a folder | images in it and below it; sub-folders may be classes, or `train` and `test` (or `val`) |
 | a file | one image; the frames of a video; `.npz` and `.npy` arrays; a `.tar` of images |
 | `arrays:FILE.npz` | arrays `x` or `images`, and maybe `y` or `labels`, `target`; or `x_train`, `x_test`, ... |
 | `pairs:IN:TARGET` | two folders of images with the same names |
+| `kitti:FOLDER` | frames and boxed objects with their distances, in KITTI's format |
 | `wds://PATTERN` | WebDataset shards, such as `wds://train-{000..009}.tar` |
 | `hf://NAME` | a data set of the Hugging Face hub (or one saved by it), maybe `hf://NAME#CONFIG` |
 | from Python | tensor `[N, C, H, W]`, list of `[C, H, W]`, `(x, y)`, `Batch`, torch `Dataset` |
@@ -37,16 +39,20 @@ from sfumato.data.arrays import given_data, open_arrays
 from sfumato.data.folders import find_images, find_pairs
 from sfumato.data.image_files import CACHE_BYTES, Entry, Found, load
 from sfumato.data.image_set import ImageSet, InMemory, summary, to_channels
+from sfumato.data.kitti import open_kitti
+from sfumato.data.perspective_scenes import perspective_scenes
 from sfumato.data.shards import open_hub, open_shards
 from sfumato.data.video_file import VIDEO_SUFFIXES, open_video
 from sfumato.errors import BadData, BadSetting, nearest
 
 ALLOWED = (
-    "sample:photos|digits|faces|video, a folder, an image, a video, arrays:FILE.npz, pairs:IN:TARGET, wds://PATTERN, hf://NAME"
+    "sample:photos|digits|faces|video|scenes, a folder, an image, a video, arrays:FILE.npz, pairs:IN:TARGET, kitti:FOLDER, "
+    "wds://PATTERN, hf://NAME"
 )
 """The kinds of place, in words for a person."""
 
 _CLIPS = {"train": 200, "test": 40}  # of 8 frames, 64 pixels a side: 20 MB
+_SCENES = {"train": 512, "test": 150}  # 64 pixels a side: 8 MB
 
 
 @overload
@@ -104,6 +110,8 @@ def open_data(
         return _open_sample(place.removeprefix("sample:"), split, channels)
     if place.startswith("arrays:"):
         return open_arrays(Path(place.removeprefix("arrays:")).expanduser(), split, channels=channels, holdout=holdout)
+    if place.startswith("kitti:"):
+        return open_kitti(Path(place.removeprefix("kitti:")).expanduser(), split, holdout=holdout, **limits)
     if place.startswith("pairs:"):
         return load(_pairs(place), where=place, **limits) if split == "train" else None
     return _open_path(Path(place).expanduser(), place, split, holdout, limits)
@@ -124,7 +132,7 @@ def _open_path(path: Path, place: str, split: str, holdout: float, limits: dict[
         return None if found is None else load(found, where=place, **limits)
     if not path.exists():
         kind = re.match(r"([a-z]+):", place)
-        close = nearest(kind[1], ("sample", "arrays", "pairs", "wds", "hf")) if kind else []
+        close = nearest(kind[1], ("sample", "arrays", "pairs", "kitti", "wds", "hf")) if kind else []
         hint = f"did you mean {close[0]}: ? " if close else ""
         raise BadData(f"{place}: no such folder or file. {hint}Data is one of: {ALLOWED}")
     if path.suffix.lower() in (".npz", ".npy"):
@@ -150,7 +158,13 @@ def _pairs(place: str) -> Found:
 
 
 def _open_sample(name: str, split: str, channels: int | None) -> ImageSet:
-    kinds: dict[str, Callable[[str], ImageSet]] = {"photos": _photos, "digits": _digits, "faces": _faces, "video": _video}
+    kinds: dict[str, Callable[[str], ImageSet]] = {
+        "photos": _photos,
+        "digits": _digits,
+        "faces": _faces,
+        "video": _video,
+        "scenes": _scenes,
+    }
     if name not in kinds:
         close = nearest(name, kinds)
         hint = f"did you mean sample:{close[0]}? " if close else ""
@@ -159,7 +173,7 @@ def _open_sample(name: str, split: str, channels: int | None) -> ImageSet:
     if channels is not None and isinstance(images.items, InMemory):
         items, x = images.items, images.items.x
         x = [to_channels(v, channels) for v in x] if isinstance(x, list) else to_channels(x, channels)
-        return ImageSet(InMemory(x, items.labels), classes=images.facts.classes, names=images.names)
+        return ImageSet(InMemory(x, items.labels, items.target, items.boxes), classes=images.facts.classes, names=images.names)
     return images
 
 
@@ -182,3 +196,10 @@ def _video(split: str) -> ImageSet:
     generator = torch.Generator().manual_seed(0)
     clips = samples.moving_crops(_CLIPS[split], 8, 64, split=split, generator=generator)  # type: ignore[call-overload]
     return ImageSet(InMemory(clips.mul_(255).round_().to(torch.uint8)))
+
+
+@functools.cache
+def _scenes(split: str) -> ImageSet:
+    seed = sorted(_SCENES).index(split)
+    frames = perspective_scenes(_SCENES[split], split=split, generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+    return ImageSet(InMemory(frames.x.mul_(255).round_().to(torch.uint8), target=frames.target, boxes=frames.boxes))

@@ -47,7 +47,7 @@ def build(
     """
     missing = [name for name in kind.needs if name not in facts.fields]
     if missing:
-        wanted = {"label": "one folder per class", "target": "pairs:NOISY_FOLDER:CLEAN_FOLDER"}
+        wanted = {"label": "one folder per class", "target": "pairs:NOISY_FOLDER:CLEAN_FOLDER", "boxes": "kitti:FOLDER"}
         raise BadData(f"{kind.__name__} needs a {missing[0]} with every image, this data has none: give {wanted[missing[0]]}")
     config = configure(kind.Config, preset_for(preset, device), settings or {}).fitted(facts)
     torch.default_generator.manual_seed(key(seed, "weights"))

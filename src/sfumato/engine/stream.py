@@ -59,20 +59,25 @@ class Augmented(Dataset[Any]):
     def __init__(self, data: Any, augment: Callable[..., Any] | None, seed: int) -> None:
         self.data, self.augment, self.seed = data, augment, seed
 
-    def __getitem__(self, at: Key) -> tuple[Tensor, int, int | None, Tensor | None]:
+    def __getitem__(self, at: Key) -> tuple[Tensor, int, int | None, Tensor | None, Tensor | None]:
         epoch, index = at
         sample = self.data[index]
-        x, target = sample.x, sample.target
+        x, target, boxes = sample.x, sample.target, sample.boxes
         if self.augment is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(key(self.seed, "augment", epoch, index))
-                if target is None:
+                if target is None and boxes is None:
                     x = self.augment(x)
                 else:
-                    from torchvision.tv_tensors import Image
+                    from torchvision.tv_tensors import BoundingBoxes, Image
 
-                    x, target = self.augment(Image(x), Image(target))
-        return unit(x), index, sample.label, None if target is None else unit(target)
+                    if boxes is None:
+                        x, target = self.augment(Image(x), Image(target))
+                    else:  # the target is of the boxes: numbers, which do not move
+                        size = (x.shape[-2], x.shape[-1])
+                        x, boxes = self.augment(Image(x), BoundingBoxes(boxes, format="XYXY", canvas_size=size))
+        boxes = None if boxes is None else boxes.as_subclass(Tensor)
+        return unit(x), index, sample.label, None if target is None else unit(target), boxes
 
 
 def unit(x: Tensor) -> Tensor:
@@ -80,14 +85,15 @@ def unit(x: Tensor) -> Tensor:
     return as_unit(x.as_subclass(Tensor))
 
 
-def collate(samples: list[tuple[Tensor, int, int | None, Tensor | None]]) -> Batch:
+def collate(samples: list[tuple[Tensor, int, int | None, Tensor | None, Tensor | None]]) -> Batch:
     """Stack samples; images of unlike sizes are refused with the way out."""
-    xs, index, labels, targets = zip(*samples)
+    xs, index, labels, *others = zip(*samples)
     if len({x.shape for x in xs}) > 1:
         sizes = sorted({f"{x.shape[-1]}x{x.shape[-2]}" for x in xs})[:4]
         raise BadData(f"the images have unlike sizes ({', '.join(sizes)}, ...) and this method does not crop: resize them first")
     label = None if labels[0] is None else torch.tensor(labels)
-    return Batch(torch.stack(xs), torch.tensor(index), label, None if targets[0] is None else torch.stack(targets))
+    target, boxes = (None if values[0] is None else torch.stack(values) for values in others)
+    return Batch(torch.stack(xs), torch.tensor(index), label, target, boxes)
 
 
 Stream = Iterator[list[Batch]]

@@ -13,6 +13,8 @@ from .contrastive import supervised_contrastive as supervised_contrastive
 from .frequency import focal_frequency_loss as focal_frequency_loss
 from .frequency import frequency_loss as frequency_loss
 from .frequency import spectrum_l1 as spectrum_l1
+from .distance import balanced_l1 as balanced_l1
+from .distance import laplace_relative_nll as laplace_relative_nll
 from .gram import gaussian_gram as gaussian_gram
 from .gram import median_bandwidth as median_bandwidth
 from .gram import squared_distances as squared_distances

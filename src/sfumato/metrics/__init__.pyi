@@ -1,3 +1,4 @@
+from .distance_estimation import distance_metrics as distance_metrics
 from .frechet import GaussianStats as GaussianStats
 from .frechet import Moments as Moments
 from .frechet import PatchGaussian as PatchGaussian

@@ -7,6 +7,8 @@ from .blind_spot import ConditionalBlindSpotNet as ConditionalBlindSpotNet
 from .conv_encoder import ConvEncoder as ConvEncoder
 from .conv_stem_vit import ConvStemViT as ConvStemViT
 from .conv_stem_vit import MaskedConvBlock as MaskedConvBlock
+from .feature_pyramid import FeaturePyramid as FeaturePyramid
+from .feature_pyramid import PyramidBackbone as PyramidBackbone
 from .flat import flatten_params as flatten_params
 from .flat import layer_slices as layer_slices
 from .flat import unflatten_params as unflatten_params
@@ -26,6 +28,8 @@ from .masked_convnet import MaskedConvEncoder as MaskedConvEncoder
 from .masked_vit import EncoderOutput as EncoderOutput
 from .masked_vit import MaskedDecoder as MaskedDecoder
 from .masked_vit import MaskedViTEncoder as MaskedViTEncoder
+from .object_autoencoder import MaskedObjectAutoencoder as MaskedObjectAutoencoder
+from .object_tokens import RoITokens as RoITokens
 from .padding import pad_to_multiple as pad_to_multiple
 from .padding import reflect_pad as reflect_pad
 from .padding import tiled_apply as tiled_apply

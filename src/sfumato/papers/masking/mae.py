@@ -269,7 +269,7 @@ class MaskedImageModel(Method):
 
     def to_size(self, x: Tensor) -> Tensor:
         """Images of any size as the network takes them: the short side resized, the middle cut out."""
-        return _fitted(x, self.config.image_size)
+        return fitted(x, self.config.image_size)
 
 
 class MAE(MaskedImageModel):
