@@ -1,6 +1,6 @@
 """Lazy or rich: how much a model's kernels point along the targets, and how far they have moved while it was trained.
 
-    alignment ⟨K, yyᵀ⟩ / (‖K‖ ‖yyᵀ‖), centred;     movement ‖K_t − K_0‖ / ‖K_0‖;     similarity: the cosine of K_t and K_0, centred
+    alignment ⟨K, yyᵀ⟩ / (‖K‖ ‖yyᵀ‖), centred;    movement ‖K_t − K_0‖ / ‖K_0‖;    similarity: the cosine of both, centred
 
 for the tangent kernel K = Σ_c J_c J_cᵀ of the outputs, and for the features of each layer, K = ΦΦᵀ. In lazy training kernels stay
 (Chizat, Oyallon, Bach 2019); where features are learned they move, and turn towards the task (Kumar et al. 2024). A run is
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,8 +26,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sfumato.errors import BadData, BadSetting, Diverged, Interrupted
+from sfumato.instruments.batching import Pairs
 from sfumato.instruments.findings import Findings, Plan, Plot, Section, Table
-from sfumato.instruments.followed import MORE, earlier_checkpoints, last_step, spread_evenly, step_of, subject_at
+from sfumato.instruments.followed import MORE, coarse_to_fine, earlier_checkpoints, last_step, spread_evenly, step_of, subject_at
 from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.layers import Layer, find_layers, read_layers
 from sfumato.instruments.progress import Progress
@@ -40,13 +42,17 @@ from sfumato.probes.per_sample import tangent_features
 TANGENT = "tangent kernel"
 MOST_OUTPUTS = 16
 """Outputs that are differentiated one by one; of more so many random combinations are."""
-WIDEST, NARROWEST = 16_383, 1_023
-"""Numbers that are kept of what is too long for the memory, and at least."""
+EXACT, WIDEST, NARROWEST = 2**26, 16_383, 1_023
+"""Numbers of all gradients up to which they are kept as they are; how many of each are kept beyond that, at most and at least."""
 FEWEST, USUAL = 32, 256
 """Samples that are kept at least where the time is short, and those that are looked at where none are asked for."""
+ENOUGH, AT_ONCE = 64, 64
+"""Samples for which outputs are combined where the time is short, and gradients that are made at once."""
 SHUFFLES = 50
 LAZY, RICH = 0.1, 0.5
 """Movement of the tangent kernel below and above which words are chosen."""
+TURNED = 0.95
+"""Similarity above which a kernel that moved is said to have grown or shrunk only."""
 
 
 class Settings(Setup):
@@ -58,41 +64,50 @@ class Settings(Setup):
 
 
 def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
-    """Time the gradients of a few samples, and choose samples and checkpoints."""
-    targets = _targets(subject)
-    layers = _layers(subject, settings)
+    """Time the layers and one gradient a sample, and choose kernels, outputs, samples and checkpoints."""
+    targets, layers = _targets(subject), _layers(subject, settings)
     limit = None if minutes is None else 60 * minutes
-    tangent = settings.kernels != "features"
-    chosen = _tangents(subject, settings.samples or min(USUAL, subject.count)) if tangent else {}
+    usual = settings.samples or min(USUAL, subject.count)
+    tangent = _tangents(subject, usual) if settings.kernels != "features" else {}
+    notes: tuple[str, ...] = ()
 
-    def work(pairs: Any) -> None:
+    def work(pairs: Pairs, tangent: Mapping[str, Any]) -> None:
         if tangent:
-            sketch = CountSketch(chosen["weights"], chosen["width"]) if chosen["width"] else None
-            tangent_features(_combined(subject.module, chosen, 0), pairs, sketch=sketch, chunk=chosen["chunk"])
-        if layers:
+            sketch = CountSketch(tangent["weights"], tangent["width"]) if tangent["width"] else None
+            tangent_features(_combined(subject.module, tangent, 0), pairs, sketch=sketch, chunk=tangent["chunk"])
+        elif layers:
             read_layers(subject, layers, pairs, lambda layer, values: values[:, :WIDEST])
 
-    sample = seconds_a_sample(work, subject.batches[0], limit, subject.device)
-    fitting = samples_that_fit(min(USUAL, subject.count), sample, 1, limit, FEWEST)
-    less = subject.first(settings.samples or fitting)
+    def seconds(tangent: Mapping[str, Any]) -> float:
+        return seconds_a_sample(partial(work, tangent=tangent), subject.batches[0], limit, subject.device)
+
+    sample = seconds({}) if layers else 0.0
+    if tangent:
+        once = seconds(_with_outputs(subject, tangent, 1))
+        if limit is not None and settings.kernels == "all" and (sample + once) * FEWEST > limit:
+            tangent, notes = {}, ("there was no time for the tangent kernel: more minutes make it, or --set kernels=tangent",)
+        else:
+            fits = tangent["differentiated"] if limit is None else max(1, int(limit / (ENOUGH * once)))
+            tangent = _with_outputs(subject, tangent, min(fits, tangent["differentiated"]))
+            sample += seconds(tangent) if tangent["differentiated"] > 1 else once
+    less = subject.first(settings.samples or samples_that_fit(usual, sample, 1, limit, FEWEST))
     if less.count < 4 or float(_targets(less).std(0).max()) == 0:
         raise BadData(
-            f"alignment needs at least 4 samples whose targets differ, these are {less.count}; --set samples=N takes more"
+            f"alignment needs at least 4 samples whose targets differ, not these {less.count}: --set samples=N takes more"
         )
     one, earlier = less.count * sample, len(earlier_checkpoints(subject))
     if settings.checkpoints is not None:
         earlier = min(settings.checkpoints, earlier)
     elif limit is not None:
         earlier = max(0, min(earlier, int(limit / one) - 1))
-    usual = min(USUAL, subject.count)
-    notes = told_cut(less.count, usual) if settings.samples is None else ()
-    readings = (1 if layers else 0) + tangent
-    told = {"samples": less.count, "layers": len(layers), "checkpoints": earlier, "targets": targets.shape[1], **chosen}
-    return Plan(told, one * (1 + earlier), limit, readings * len(less.batches) * (1 + earlier), notes)
+    told = {"samples": less.count, "layers": len(layers), "checkpoints": earlier, "targets": targets.shape[1]}
+    told |= {name: value for name, value in tangent.items() if name not in ("room", "for")}
+    ticks = (len(less.batches) if layers else 0) + (math.ceil(less.count / tangent["chunk"]) if tangent else 0)
+    return Plan(told, one * (1 + earlier), limit, ticks * (1 + earlier), (*notes, *told_cut(less.count, usual)))
 
 
 def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progress, generator: torch.Generator) -> Findings:
-    """The final model, then the first checkpoint and those between, from the newest back."""
+    """The final model, then the first checkpoint and those between."""
     subject, chosen = subject.first(plan.chosen["samples"]), plan.chosen
     layers, y = _layers(subject, settings), _targets(subject)
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))  # signs that are the same at every step
@@ -105,7 +120,7 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
         progress.stage("the model")
         _kernels(subject, layers, chosen, seed, progress, kernels)
         weights = _weights(subject.module)
-        for path in [*paths[:1], *paths[:0:-1]]:
+        for path in coarse_to_fine(paths):
             late = progress.late(1 + len(moments), plan.limit)
             if late:
                 break
@@ -170,15 +185,19 @@ def _tangents(subject: Subject, samples: int) -> dict[str, Any]:
     room = subject.memory // 2 // size
     if 2 * weights > room:
         raise BadSetting(
-            f"one gradient of {weights:,} weights does not fit the memory twice: --set memory=GB allows more, --set kernels=features "
-            "goes without the tangent kernel"
+            f"one gradient of {weights:,} weights does not fit the memory twice: --set memory=GB allows more, --set "
+            "kernels=features goes without the tangent kernel"
         )
-    combined = min(outputs, MOST_OUTPUTS, room // (2 * weights))
-    chunk = max(1, min(len(subject.batches[0][0]), room // (2 * combined * weights), 64 // combined))
-    width = None
-    if samples * combined * weights > room:
-        width = max(NARROWEST, min(WIDEST, room // (samples * combined)))
-    return {"weights": weights, "outputs": outputs, "differentiated": combined, "chunk": chunk, "width": width}
+    most = min(outputs, MOST_OUTPUTS, room // (2 * weights))
+    return _with_outputs(subject, {"weights": weights, "outputs": outputs, "room": room, "for": samples}, most)
+
+
+def _with_outputs(subject: Subject, tangent: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The same with so many outputs, and as many samples at once and numbers a gradient as the memory then allows."""
+    weights, room, samples = tangent["weights"], tangent["room"], tangent["for"]
+    width = None if samples * count * weights <= min(room, EXACT) else max(NARROWEST, min(WIDEST, room // (samples * count)))
+    chunk = max(1, min(len(subject.batches[0][0]), room // (2 * count * weights), AT_ONCE // count))
+    return {**tangent, "differentiated": count, "chunk": chunk, "width": width}
 
 
 class _Combined(nn.Module):
@@ -206,8 +225,8 @@ def _kernels(
     subject: Subject, layers: Sequence[Layer], chosen: Mapping[str, Any], seed: int, progress: Progress, found: dict[str, Tensor]
 ) -> None:
     """`[n, n]` in double precision, by name, added as they are ready."""
-    data = progress.over(subject.batches)
     if layers:
+        data = progress.over(subject.batches)
         short = {
             layer.name: CountSketch(layer.size, WIDEST, generator=torch.Generator().manual_seed(seed))
             for layer in layers
@@ -223,7 +242,8 @@ def _kernels(
     if "weights" in chosen:
         generator = torch.Generator().manual_seed(seed)
         sketch = CountSketch(chosen["weights"], chosen["width"], generator=generator) if chosen["width"] else None
-        rows = tangent_features(_combined(subject.module, chosen, seed), data, sketch=sketch, chunk=chosen["chunk"])
+        pieces = [piece for x, _ in subject.batches for piece in x.split(chosen["chunk"])]
+        rows = tangent_features(_combined(subject.module, chosen, seed), progress.over(pieces), sketch=sketch)
         found[TANGENT] = _gram(rows, TANGENT)
 
 
@@ -292,13 +312,13 @@ def _findings(subject: Subject, plan: Plan, numbers: dict[str, Any]) -> Findings
         for name, one in kernels.items()
     ]  # fmt: skip
     text = (
-        "1: samples are as near to each other as their targets are; shuffled: the mean over targets in random order, which is what "
-        "a kernel gets that knows nothing of them."
+        "1: samples are as near to each other as their targets are; shuffled: the mean over targets in random order, which is "
+        "what a kernel gets that knows nothing of them."
     )
     bars = {name: one["alignment"] for name, one in kernels.items()}
     sections = [Section("Alignment with the targets", text, [Plot("bars", bars, {"xlabel": "alignment"}), Table(rows)])]
     if steps:
-        sections.insert(0, _over_steps(numbers["checkpoints"], lead))
+        sections.insert(0, _over_steps(numbers["checkpoints"]))
     notes = [*subject.eval_note, *_told(chosen)]
     if numbers["samples"] < 100:
         notes.append("alignment with shuffled targets falls with the samples: compare only probes of equally many")
@@ -316,8 +336,8 @@ def _told(chosen: Mapping[str, Any]) -> list[str]:
     notes = []
     if chosen.get("differentiated", 0) < chosen.get("outputs", 0):
         notes.append(
-            f"the tangent kernel is summed over {chosen['differentiated']} random combinations of the {chosen['outputs']:,} outputs: "
-            "right on average"
+            f"the tangent kernel is summed over {chosen['differentiated']} random combination{'s' * (chosen['differentiated'] > 1)} of the "
+            f"{chosen['outputs']:,} outputs: right on average"
         )
     if chosen.get("width"):
         notes.append(
@@ -327,32 +347,25 @@ def _told(chosen: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _over_steps(checkpoints: Sequence[Mapping[str, Any]], lead: str) -> Section:
+def _over_steps(checkpoints: Sequence[Mapping[str, Any]]) -> Section:
     steps = [c["step"] for c in checkpoints]
     names = [name for name in checkpoints[-1]["kernels"] if all(name in c["kernels"] for c in checkpoints)]
-    plots = [
-        Plot(
-            "curves",
-            {name: (steps, [c["kernels"][name][of] for c in checkpoints]) for name in names},
-            {"xlabel": "step", "ylabel": of, "height": 300},
-        )
-        for of in ("alignment", "movement")
-    ]
-    weights = {
-        lead: (steps, [c["kernels"][lead]["movement"] for c in checkpoints]),
-        "weights": (steps, [c["weights"]["movement"] for c in checkpoints]),
-    }
-    moved = Plot("curves", weights, {"xlabel": "step", "ylabel": "movement", "height": 220})
-    turned = Plot(
-        "curves",
-        {name: (steps, [c["kernels"][name]["similarity"] for c in checkpoints]) for name in names},
-        {"xlabel": "step", "ylabel": "similarity to the first", "height": 300},
-    )
+
+    def lines(of: str) -> dict[str, Any]:
+        return {name: (steps, [c["kernels"][name][of] for c in checkpoints]) for name in names}
+
+    later, axes = steps[1:], {"xlabel": "step", "height": 300}
+    moved = {name: (later, [c["kernels"][name]["movement"] for c in checkpoints[1:]]) for name in names}
+    moved["weights"] = (later, [c["weights"]["movement"] for c in checkpoints[1:]])
     text = (
-        f"At the checkpoints that were measured. Movement and similarity are from step {steps[0]:,}: how far a kernel is from what "
-        "it was, by its size then, and the cosine of both, which no change of scale moves."
+        f"At the checkpoints that were measured. Movement and similarity are from step {steps[0]:,}: how far a kernel is from "
+        "what it was, by its size then, and the cosine of both, which no change of scale moves."
     )
-    return Section("Over training", text, [plots, [turned, moved]])
+    beside = [
+        Plot("curves", lines("alignment"), {**axes, "ylabel": "alignment with the targets"}),
+        Plot("curves", lines("similarity"), {**axes, "ylabel": f"similarity to step {steps[0]:,}"}),
+    ]
+    return Section("Over training", text, [beside, Plot("curves", moved, {**axes, "ylabel": "movement", "logy": True})])
 
 
 def _words(numbers: Mapping[str, Any], lead: str, steps: Sequence[int]) -> str:
@@ -363,15 +376,17 @@ def _words(numbers: Mapping[str, Any], lead: str, steps: Sequence[int]) -> str:
     if not steps:
         return words[0] + " Whether it moved there, only a run with several checkpoints can tell."
     moved, before = one["movement"], numbers["checkpoints"][0]["kernels"][lead]["alignment"]
-    state = "Lazy" if moved < LAZY else "Rich" if moved > RICH else "Between lazy and rich"
-    meaning = {
-        "Lazy": "it learns with features that it had, as kernel regression does",
-        "Rich": "features are learned",
-        "Between lazy and rich": "features change a little",
-    }[state]
+    if moved < LAZY:
+        state, meaning = "Lazy", "so it learns with features that it had, as kernel regression does"
+    elif one["similarity"] > TURNED:
+        state, meaning = "Lazy but for its scale", "so it grew or shrank and hardly turned"
+    elif moved > RICH:
+        state, meaning = "Rich", "so features are learned"
+    else:
+        state, meaning = "Between lazy and rich", "so features change a little"
     words.append(
-        f"{state}: since step {steps[0]:,} it moved by {moved:.2g} times its size, its alignment from {before:.2f} to "
-        f"{one['alignment']:.2f}, so {meaning}."
+        f"{state}: since step {steps[0]:,} it moved by {moved:.2g} times its size, with a similarity of {one['similarity']:.2f} "
+        f"to what it was, and its alignment went from {before:.2f} to {one['alignment']:.2f}, {meaning}."
     )
     return " ".join(words)
 

@@ -1,8 +1,10 @@
 """A run over the checkpoints that it kept: which there are, which of them to look at, and the subject as each of them had it.
 
->>> from sfumato.instruments.followed import spread_evenly
+>>> from sfumato.instruments.followed import coarse_to_fine, spread_evenly
 >>> spread_evenly(list("abcdefg"), 3), spread_evenly(list("abc"), 5), spread_evenly([], 2)
 (['a', 'd', 'g'], ['a', 'b', 'c'], [])
+>>> "".join(coarse_to_fine("abcdefg"))
+'adgbcef'
 """
 
 from __future__ import annotations
@@ -55,6 +57,16 @@ def spread_evenly(items: Sequence[T], count: int) -> list[T]:
     if count <= 1:
         return list(items[:count])
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def coarse_to_fine(items: Sequence[T]) -> list[T]:
+    """All of them, the first one first and then ever closer to each other, so that some of them already show the whole."""
+    order: dict[int, None] = {}
+    step = max(1, len(items) // 2)
+    while len(order) < len(items):
+        order |= dict.fromkeys(range(0, len(items), step))
+        step = max(1, step // 2)
+    return [items[i] for i in order]
 
 
 def _run(subject: Subject) -> Run | None:

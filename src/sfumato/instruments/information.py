@@ -26,7 +26,7 @@ from torch import Tensor
 from sfumato.errors import BadData, Diverged, Interrupted
 from sfumato.instruments.classified import labels_of
 from sfumato.instruments.findings import Findings, Plan, Plot, Section, Table
-from sfumato.instruments.followed import MORE, earlier_checkpoints, last_step, spread_evenly, step_of, subject_at
+from sfumato.instruments.followed import MORE, coarse_to_fine, earlier_checkpoints, last_step, spread_evenly, step_of, subject_at
 from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.layers import Layer, find_layers, read_layers
 from sfumato.instruments.progress import Progress
@@ -41,6 +41,7 @@ from sfumato.probes.information import (
 )
 
 ESTIMATORS = {"bins": "adaptive bins", "kde": "Gaussian noise"}
+SHORT = {"bins": "bins", "kde": "noise"}
 FEWEST, TIMED = 64, 128
 """Samples that are kept at least where the time is short, and those on which the estimators are timed."""
 BYTES_A_NUMBER = 64
@@ -105,7 +106,7 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
 
 
 def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progress, generator: torch.Generator) -> Findings:
-    """The final model, then the first checkpoint and those between, from the newest back."""
+    """The final model, then the first checkpoint and those between."""
     subject = subject.first(plan.chosen["samples"])
     layers, labels = find_layers(subject, settings.layers), labels_of(subject, "information")
     units = {layer.name: _drawn(layer, settings.units, generator) for layer in layers}
@@ -116,7 +117,7 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
     with progress.until_stopped():
         progress.stage("the model")
         _measured(subject, layers, units, settings, progress, final)
-        for path in [*paths[:1], *paths[:0:-1]]:
+        for path in coarse_to_fine(paths):
             late = progress.late(1 + len(over), plan.limit)
             if late:
                 break
@@ -205,8 +206,8 @@ def _lost(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
 # Figures
 
 
-def _full(row: Mapping[str, Any], numbers: Mapping[str, Any]) -> bool:
-    return bool(row["bins"]["input"] >= FULL * numbers["most"])
+def _full(row: Mapping[str, Any], numbers: Mapping[str, Any], of: str = "bins") -> bool:
+    return bool(row[of]["input"] >= FULL * numbers["most"])
 
 
 def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], units: Mapping[str, Tensor]) -> Findings:
@@ -217,10 +218,12 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], uni
         "layers that tell every sample apart": f"{sum(_full(row, numbers) for row in rows)} of {len(rows)}",
     }
     told = (
-        f"T is a layer, X the sample, Y its class. I(X;T) is at most log2 {numbers['samples']:,} = {numbers['most']:.2f} bits, and "
-        f"I(Y;T) at most the entropy of the classes, {numbers['classes']:.2f} bits. A layer at the first limit tells every sample "
-        "apart, whether it has learned anything or not: its place says nothing, and every wide layer stands there."
+        f"T is a layer, X the sample, Y its class. I(X;T) is at most log2 {numbers['samples']:,} = {numbers['most']:.2f} bits, "
+        f"and I(Y;T) at most the entropy of the classes, {numbers['classes']:.2f} bits. A layer at the first limit tells every "
+        "sample apart, whether it has learned anything or not: its place says nothing, and every wide layer stands there."
     )
+    if "checkpoints" in numbers:
+        told += " A path goes from the first checkpoint to the last, where its name stands."
     table = Table([_row(row, numbers) for row in rows], "Lost: the share of its largest I(X;T) that a layer has lost since.")
     if "lost" not in numbers:
         table = Table(table.rows)
@@ -230,8 +233,8 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], uni
     wide = [row["layer"] for row in rows if row["units"] < row["size"]]
     notes = [
         *subject.eval_note,
-        f"adaptive bins: {settings.bins} a layer, with equally many of its distinct values at that moment, so what only stretches "
-        "activity changes nothing; they compare over layers and steps of one probe with as many samples",
+        f"adaptive bins: {settings.bins} a layer, with equally many of its distinct values at that moment, so what only "
+        "stretches activity changes nothing; they compare over layers and steps of one probe with as many samples",
         "Gaussian noise: the upper bound of I(X;T), "
         + (f"with variance {settings.noise:g}" if settings.noise else "with variance 0.001 times the layer's largest activity"),
     ]
@@ -250,7 +253,7 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], uni
 
 def _row(row: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"layer": row["layer"], "numbers": row["size"]}
-    for of, title in ESTIMATORS.items():
+    for of, title in SHORT.items():
         found |= {f"I(X;T), {title}": round(row[of]["input"], 3), f"I(Y;T), {title}": round(row[of]["label"], 3)}
         if "lost" in numbers:
             found[f"lost, {title}"] = f"{numbers['lost'][of][row['layer']]:.0%}"
@@ -266,9 +269,8 @@ def _planes(numbers: Mapping[str, Any]) -> list[Plot]:
             row["layer"]: tuple([c["layers"][i][of][about] for c in checkpoints] for about in ("input", "label"))
             for i, row in enumerate(numbers["layers"])
         }
-        caption = f"{title[:1].upper()}{title[1:]}." + (" A path goes from the first checkpoint to the last." * (of == "bins"))
-        axes = {"xlabel": f"I(X;T) in bits, {title}", "ylabel": "I(Y;T) in bits", "height": 320}
-        plots.append(Plot("curves", series, axes, caption if "checkpoints" in numbers else None))
+        axes = {"xlabel": f"I(X;T) in bits, {title}", "ylabel": "I(Y;T) in bits", "height": 320, "zero": "xy"}
+        plots.append(Plot("curves", series, axes))
     return plots
 
 
@@ -279,7 +281,7 @@ def _profiles(rows: Sequence[Mapping[str, Any]]) -> list[Plot]:
         Plot(
             "curves",
             {title: (places, [row[of][about] for row in rows]) for of, title in ESTIMATORS.items()},
-            {"xlabel": "layer", "ylabel": f"{name} in bits", "height": 220},
+            {"xlabel": "layer", "ylabel": f"{name} in bits", "height": 220, "zero": "y"},
         )
         for about, name in (("input", "I(X;T)"), ("label", "I(Y;T)"))
     ]
@@ -294,7 +296,7 @@ def _over_steps(checkpoints: Sequence[Mapping[str, Any]]) -> Section:
                 row["layer"]: (steps, [c["layers"][i]["bins"][about] for c in checkpoints])
                 for i, row in enumerate(checkpoints[-1]["layers"])
             },
-            {"xlabel": "step", "ylabel": f"{name} in bits, adaptive bins", "height": 300},
+            {"xlabel": "step", "ylabel": f"{name} in bits, adaptive bins", "height": 300, "zero": "y"},
         )
         for about, name in (("input", "I(X;T)"), ("label", "I(Y;T)"))
     ]
@@ -304,23 +306,23 @@ def _over_steps(checkpoints: Sequence[Mapping[str, Any]]) -> Section:
 def _words(numbers: Mapping[str, Any]) -> str:
     """Which layers say something, what they say, and whether they lost information."""
     rows = numbers["layers"]
-    told = [row for row in rows if not _full(row, numbers)]
-    if not told:
+    by = next((of for of in ESTIMATORS if not all(_full(row, numbers, of) for row in rows)), None)
+    if by is None:
         return (
-            f"Every layer tells all {numbers['samples']:,} samples apart, so this plane says nothing of the model: wide layers always "
-            "do. Only layers of a few units, or more samples, would."
+            f"Every layer tells all {numbers['samples']:,} samples apart, so this plane says nothing of the model: wide layers "
+            "always do. Layers of a few units, or more samples, would."
         )
-    words = []
+    told = [row for row in rows if not _full(row, numbers, by)]
+    last, words = told[-1], []
     if len(told) < len(rows):
-        words.append(f"{len(rows) - len(told)} of {len(rows)} layers tell all samples apart, and their place says nothing.")
-    last = told[-1]
+        full = len(rows) - len(told)
+        words.append(f"{full} of {len(rows)} layers tell{'s' * (full == 1)} all samples apart, so their place says nothing.")
     words.append(
-        f"By adaptive bins {last['layer']} keeps {last['bins']['input']:.2f} of {numbers['most']:.2f} bits about the sample and "
-        f"{last['bins']['label']:.2f} of {numbers['classes']:.2f} about its class."
+        f"By {ESTIMATORS[by]} {last['layer']} keeps {last[by]['input']:.2f} of {numbers['most']:.2f} bits about the sample and "
+        f"{last[by]['label']:.2f} of {numbers['classes']:.2f} about its class."
     )
     if "lost" in numbers:
-        names = {row["layer"] for row in told}
-        lost = {name: share for name, share in numbers["lost"]["bins"].items() if name in names}
+        lost = {row["layer"]: numbers["lost"][by][row["layer"]] for row in told}
         name = max(lost, key=lambda n: lost[n])
         steps = f"between steps {numbers['checkpoints'][0]['step']:,} and {numbers['checkpoints'][-1]['step']:,}"
         if lost[name] >= LOST:

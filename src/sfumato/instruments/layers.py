@@ -98,12 +98,12 @@ def read_layers(
         return note
 
     seen: dict[str, Tensor] = {}
-    with _hooked((modules[layer.name], noting(layer)) for layer in layers):
-        with eval_mode(subject.module), exact_arithmetic(subject.device.type), torch.no_grad():
-            for x, _ in data:
-                subject.module(x.to(subject.device))
-                for name, values in seen.items():
-                    rows[name].append(values)
+    hooks = [(modules[layer.name], noting(layer)) for layer in layers]
+    with _hooked(hooks), eval_mode(subject.module), exact_arithmetic(subject.device.type), torch.no_grad():
+        for x, _ in data:
+            subject.module(x.to(subject.device))
+            for name, values in seen.items():
+                rows[name].append(values)
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
@@ -120,16 +120,16 @@ def _calls(subject: Subject) -> list[_Call]:
 
         return note
 
-    with _hooked((module, noting(name)) for name, module in subject.module.named_modules()):
-        with eval_mode(subject.module), exact_arithmetic(subject.device.type), torch.no_grad():
-            subject.module(x.to(subject.device))
+    hooks = [(module, noting(name)) for name, module in subject.module.named_modules()]
+    with _hooked(hooks), eval_mode(subject.module), exact_arithmetic(subject.device.type), torch.no_grad():
+        subject.module(x.to(subject.device))
     if not found or found[-1].name:
         raise BadSetting(f"{subject.name} gives no numbers for each sample by itself: there are no layers to look at")
     return found
 
 
 @contextmanager
-def _hooked(hooks: Any) -> Iterator[None]:
+def _hooked(hooks: Sequence[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
     handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
         yield

@@ -496,9 +496,10 @@ def _curves(settings: Settings, numbers: Mapping[str, Any]) -> Section:
         "linear rule": (grid, [lr_for_batch(anchor, start, b) for b in grid if b]),  # type: ignore[arg-type]
     }
     adam: dict[str, Any] = {
-        "law, with the noise scale": ([m["batch"] for m in moved], [m["adam"] for m in moved]),
         "root rule": ([m["batch"] for m in moved], [m["adam_root"] for m in moved]),
     }
+    if math.isfinite(numbers["gradient_noise"]["scale"]):
+        adam = {"root until the noise scale": ([m["batch"] for m in moved], [m["adam"] for m in moved]), **adam}
     for name, lines in (("sgd", sgd), ("adam", adam)):
         if trials.get(name):
             lines["trials"] = ([t["batch"] for t in trials[name]], [t["rate"] for t in trials[name]])
@@ -509,9 +510,9 @@ def _curves(settings: Settings, numbers: Mapping[str, Any]) -> Section:
         Plot("curves", adam, {**axes, "ylabel": f"learning rate of Adam{f', times that at {start:,}' if relative else ''}"}),
     ]
     text = (
-        "Where the linear rule and the curve part, a larger batch no longer bears a larger rate. The theory takes noise that is alike in "
-        "all directions; where its line is flat and that of the measured batches is not, the noise sits in few directions, and the "
-        "measured curve is the one to trust."
+        "Where the linear rule and the curve part, a larger batch no longer bears a larger rate. The theory takes noise that is "
+        "alike in all directions; where its line is flat and that of the measured batches is not, the noise sits in few "
+        "directions, and the measured curve is the one to trust."
     )
     return Section("Rate by batch size", text, [plots])
 
@@ -536,26 +537,30 @@ def _measured(numbers: Mapping[str, Any]) -> Section:
     )
     if "share" in trials:
         text += (
-            f" Trials: {trials['steps']} steps from these weights, in eval mode; a rate is stable where the loss on all samples then is "
-            f"below {trials['share']:g} times the first, {trials['first']:.4g}."
+            f" Trials: {trials['steps']} steps from these weights, in eval mode; a rate is stable where the loss on all samples "
+            f"then is below {trials['share']:g} times the first, {trials['first']:.4g}."
         )
     return Section("What was measured", text, [Table(rows)])
 
 
 def _table(settings: Settings, numbers: Mapping[str, Any]) -> Section:
-    start = settings.tuned_batch
+    start, tuned = settings.tuned_batch, settings.tuned_lr
     rows = [
         {
-            "batch": f"{m['batch']:,}", "SGD, limit by curvature": m["limit"], "SGD, moved": m["sgd"],
+            "batch": f"{m['batch']:,}", "SGD, limit": m["limit"],
+            **({"SGD, moved": m["sgd"]} if tuned else {}),
             "SGD, linear rule": m["sgd_linear"], "Adam, moved": m["adam"], "Adam, root rule": m["adam_root"],
         }
         for m in numbers["moved"]
     ]  # fmt: skip
-    if settings.tuned_lr:
-        told = f"From {settings.tuned_lr:g} at a batch of {start:,}."
+    if tuned:
+        told = f"From {tuned:g} at a batch of {start:,}."
     else:
         through = "through the trials" if _adam(numbers, start) else f"as a factor to the rate at {start:,}"
-        told = f"SGD from the limit at a batch of {start:,}; Adam {through}. --set tuned_lr=RATE --set tuned_batch=N moves yours."
+        told = (
+            f"The linear rule from the limit at a batch of {start:,}; Adam {through}. --set tuned_lr=RATE --set "
+            "tuned_batch=N moves a rate of yours."
+        )
     text = (
         f"{told} Moved: in proportion to the batch (SGD) or its root (Adam) while noise rules, and no longer where it does not, "
         "by the measured curve and by the gradient noise scale. A limit is no advice: good rates are a few times smaller."
@@ -567,20 +572,25 @@ def _words(settings: Settings, numbers: Mapping[str, Any]) -> str:
     """The limit, where it stops growing, and what the theory is worth here."""
     rows, turning, scale = numbers["batches"], numbers["turning_batch"], numbers["gradient_noise"]["scale"]
     words = [
-        f"At these weights SGD{_with(settings)} is stable up to a rate of about {rows[0]['sgd']:.2g} with batches of {rows[0]['batch']} "
-        f"and {numbers['ceiling']:.2g} with large ones"
+        f"At these weights SGD{_with(settings)} is stable up to a rate of about {rows[0]['sgd']:.2g} with batches of "
+        f"{rows[0]['batch']} and {numbers['ceiling']:.2g} with large ones"
     ]
     words[0] += f"; the limit grows up to batches of about {turning:,.0f}." if turning >= 1 else "; the batch hardly matters."
     power = numbers["power"].get("sgd, by curvature", math.nan)
     if len(rows) > 1:
         words.append(
-            f"From {rows[0]['batch']} to {rows[-1]['batch']} it grows with the power {power:.2f} of the batch, where the linear rule says 1."
+            f"From {rows[0]['batch']} to {rows[-1]['batch']} it grows with the power {power:.2f} of the batch, where the "
+            "linear rule says 1."
         )
     explained = numbers["explained"]
     if math.isfinite(explained) and explained < 0.5:
         words.append(
-            f"The theory does not hold here: noise along random directions explains {explained:.1%} of the rise of the largest "
-            "eigenvalue, so rely on what was measured."
+            f"The theory does not hold here: noise along random directions explains {100 * explained:.2g} % of the rise of the "
+            "largest eigenvalue, so rely on what was measured."
+        )
+    elif explained > 2:
+        words.append(
+            f"Noise along random directions would raise the largest eigenvalue {explained:.2g} times as much as was seen."
         )
     elif math.isfinite(explained):
         words.append(
@@ -598,7 +608,8 @@ def _words(settings: Settings, numbers: Mapping[str, Any]) -> str:
         one = trials[-1]
         near = min(rows, key=lambda row: abs(math.log(row["batch"] / one["batch"])))
         words.append(
-            f"In trials with batches of {one['batch']} SGD stood {one['rate']:.2g}, {one['rate'] / near['sgd']:.2g} times what curvature says."
+            f"In trials with batches of {one['batch']} SGD stood {one['rate']:.2g}, "
+            f"{one['rate'] / near['sgd']:.2g} times what curvature says."
         )
     return " ".join(words)
 

@@ -140,7 +140,7 @@ def hessian_noise(
 
 
 def deviation_along(whole: Tensor, parts: Sequence[Tensor]) -> Estimate:
-    """What `hessian_noise` measures, from products that are there already: the mean of ‖(H_B − H) z‖² over batches and directions.
+    """What `hessian_noise` measures, from products that are there already: the mean of ‖(H_B − H) z‖².
 
     Args:
         whole: H z for unit directions z, `[d, probes]`.
