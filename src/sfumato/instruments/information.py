@@ -161,7 +161,11 @@ def _activity(subject: Subject, layers: Sequence[Layer], data: Any, units: Mappi
             values = values.softmax(1)
         return values[:, units[layer.name].to(values.device)]
 
-    return read_layers(subject, layers, data, keep)
+    found = read_layers(subject, layers, data, keep)
+    for layer in layers:
+        if not bool(found[layer.name].isfinite().all()):
+            raise Diverged(f"layer {layer.title} gives numbers that are not finite: check the weights and the data")
+    return found
 
 
 def _binned(activity: Tensor, y: Tensor, settings: Settings) -> Information:
@@ -183,8 +187,6 @@ def _measured(
     for layer in layers:
         progress.advance()
         t = activity.pop(layer.name)
-        if not bool(t.isfinite().all()):
-            raise Diverged(f"layer {layer.title} gives numbers that are not finite: check the weights and the data")
         row: dict[str, Any] = {"layer": layer.title, "size": layer.size, "units": t.shape[1]}
         for name, of in (("bins", _binned), ("kde", _noisy)):
             about = of(t, y, settings)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import activation
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sfumato.errors import BadSetting, nearest
 from sfumato.instruments.followed import spread_evenly
@@ -59,7 +60,7 @@ def find_layers(subject: Subject, wanted: str | None = None) -> list[Layer]:
     Args:
         subject: whose module is called once, on two samples.
         wanted: names with commas between them; None: at the finest level of names that has at most `MOST`, without those that
-            only feed an activation, that change nothing, or that are called more than once.
+            only feed an activation or a batch normalisation, that change nothing, or that are called more than once.
 
     Raises:
         BadSetting: a name that is no submodule, or one that gives no tensor with a row for every sample.
@@ -150,13 +151,14 @@ def _named(name: str, subject: Subject, calls: list[_Call]) -> _Call:
 
 
 def _chosen(calls: list[_Call]) -> list[_Call]:
-    """Without what only feeds an activation, what changes nothing, and what is called again."""
+    """Without what only feeds an activation or a batch normalisation, what changes nothing, and what is called again."""
     often = Counter(c.name for c in calls)
-    acting = [c for c in calls if _acts(c.module)]
+    acting = [c for c in calls if _acts(c.module) or isinstance(c.module, _BatchNorm)]
     kept = []
     for c in calls:
         feeds = any(c.gave is a.given for a in acting if a is not c)
-        same = isinstance(c.given, Tensor) and not _acts(c.module) and _equal(c.given, c.gave)
+        bare = not _acts(c.module) and next(c.module.parameters(), None) is None
+        same = bare and isinstance(c.given, Tensor) and _equal(c.given, c.gave)
         if often[c.name] == 1 and not feeds and not same:
             kept.append(c)
     return kept
