@@ -70,7 +70,7 @@ def test_combined_outputs_and_sketches_come_near(data, monkeypatch):
     values = torch.tensor([n.numbers["kernels"][TANGENT]["alignment"] for n in near])
     assert values.std() > 1e-3
     assert values.mean().item() == pytest.approx(exact, rel=0.2)
-    assert any("6 random combinations of the 8 outputs" in note for note in near[0].notes)
+    assert any("summed over: 6 random combinations of the 8" in note for note in near[0].notes)
     assert any("random sketches of 41" in note for note in near[0].notes)
 
 
@@ -144,5 +144,7 @@ def test_a_stop_gives_what_was_measured(data, tmp_path, monkeypatch):
     assert list(found.numbers["kernels"]) == ["2 (Tanh)", "output"]
     assert "not every kernel was finished" in found.notes
     path, _ = kept_run(tmp_path)
-    ready = Probe("alignment", path, (PICTURES, LABELS), samples=20, batch_size=20, device="cpu", minutes=None, kernels="features")
+    ready = Probe(
+        "alignment", path, (PICTURES, LABELS), samples=20, batch_size=20, device="cpu", minutes=None, kernels="features"
+    )
     assert [row["step"] for row in stopped(ready, 2, monkeypatch).numbers["checkpoints"]] == [10, 30]

@@ -19,7 +19,9 @@ def titles(net, wanted=None):
 
 
 def test_layers_that_only_feed_or_change_nothing_are_left_out():
-    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Dropout(), nn.Identity(), nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2))
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Dropout(), nn.Identity(), nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2)
+    )
     assert titles(net) == ["1 (ReLU)", "4 (Linear)", "5 (LayerNorm)", "output"]
     assert titles(nn.Linear(3, 2)) == ["output"]
     assert titles(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), nn.Tanh())) == ["1 (Tanh)", "output"]
@@ -39,7 +41,9 @@ def block(width):
 def test_deep_models_are_looked_at_block_by_block():
     flat = nn.Sequential(*[block(3) for _ in range(3)], nn.Linear(3, 2))
     assert titles(flat) == ["0.1 (ReLU)", "1.1 (ReLU)", "2.1 (ReLU)", "output"]
-    deep = nn.Sequential(nn.Sequential(*[block(3) for _ in range(9)]), nn.Sequential(*[block(3) for _ in range(9)]), nn.Linear(3, 2))
+    deep = nn.Sequential(
+        nn.Sequential(*[block(3) for _ in range(9)]), nn.Sequential(*[block(3) for _ in range(9)]), nn.Linear(3, 2)
+    )
     assert titles(deep) == ["0 (Sequential)", "1 (Sequential)", "output"]
     long = nn.Sequential(*[nn.Linear(3, 3) for _ in range(40)], nn.Linear(3, 2))
     found = titles(long)

@@ -336,8 +336,8 @@ def _told(chosen: Mapping[str, Any]) -> list[str]:
     notes = []
     if chosen.get("differentiated", 0) < chosen.get("outputs", 0):
         notes.append(
-            f"the tangent kernel is summed over {chosen['differentiated']} random combination{'s' * (chosen['differentiated'] > 1)} of the "
-            f"{chosen['outputs']:,} outputs: right on average"
+            f"outputs that the tangent kernel is summed over: {chosen['differentiated']} random combinations of the "
+            f"{chosen['outputs']:,}, right on average"
         )
     if chosen.get("width"):
         notes.append(

@@ -51,8 +51,8 @@ MOST_DRAWS, FEWEST_DRAWS = 16, 4
 """Batches of one size."""
 TRIAL_STEPS, FACTOR = 100, 1.2
 """Steps of a trial training, and how finely the largest rate is found."""
-BRACKETS = {"sgd": 32.0, "adam": (1e-5, 1.0)}
-"""Where it is looked for: around what the curvature says, by this factor; and between these rates."""
+AROUND, ADAM = 32.0, (1e-5, 1.0)
+"""Where it is looked for: of SGD around what the curvature says, by this factor; of Adam between these rates."""
 RUNS = 7
 """Trainings that a search takes at most."""
 LEARNS, HOLDS = 0.9, 1.1
@@ -343,7 +343,7 @@ def _trials(
                 return True
             progress.stage(f"trials of {name}, batches of {size}")
             around = rates.get(size, 0.1)
-            bracket = BRACKETS[name] if name == "adam" else (around / BRACKETS[name], around * BRACKETS[name])
+            bracket = ADAM if name == "adam" else (around / AROUND, around * AROUND)
             outcomes: list[bool] = []
 
             def trains(rate: float, kind: Any = kind, size: int = size, outcomes: list[bool] = outcomes) -> bool:
@@ -364,7 +364,7 @@ class _Trainer:
 
     def __init__(self, subject: Subject, steps: int, progress: Progress) -> None:
         self.subject, self.steps, self.progress = subject, steps, progress
-        self.params = [p for p in subject.module.parameters() if p.requires_grad]
+        self.params: list[Tensor] = [p for p in subject.module.parameters() if p.requires_grad]
         self.start = [p.detach().clone() for p in self.params]
         self.samples = _Samples(subject)
 
