@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from sfumato.errors import BadData, BadSetting
-from sfumato.probes import HessianOperator, batch_hessians, effective_batch, hessian_noise, max_stable_lr, noise_edge
+from sfumato.probes import (
+    HessianOperator,
+    batch_hessians,
+    deviation_along,
+    effective_batch,
+    hessian_noise,
+    max_stable_lr,
+    noise_edge,
+)
 
 
 def seeded(seed=0):
@@ -68,6 +76,25 @@ def test_noise_on_given_batches_and_its_edge():
     torch.testing.assert_close(again.value, found.value)
 
 
+def test_no_more_is_differentiated_at_once_than_was_given():
+    seen = []
+
+    class Noting(nn.Linear):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    model, (x, y) = Noting(5, 1, bias=False).double(), regression()[1]
+    pairs = list(zip(x.split(7), y.split(7)))
+    whole, parts = batch_hessians(model, half_squares, pairs, batch=20, batches=2, generator=seeded())
+    z = torch.ones(5, 1, dtype=torch.float64)
+    products = whole @ z, [part @ z for part in parts]
+    assert max(seen) == 7
+    found = deviation_along(*products)
+    again = hessian_noise(model, half_squares, (x, y), batch=20, batches=2, noise=z.T, generator=seeded())
+    torch.testing.assert_close(found.value, again.value * 5)  # of z as long as 1
+
+
 def test_draws_repeat_and_the_whole_data_has_no_noise():
     model, data = regression()
     a, b = (hessian_noise(model, half_squares, data, batch=4, generator=seeded(5)) for _ in range(2))
@@ -107,6 +134,8 @@ def test_refusals():
         hessian_noise(model, half_squares, data, batch=3, batches=0)
     with pytest.raises(BadSetting, match="0 probes"):
         hessian_noise(model, half_squares, data, batch=3, probes=0)
+    with pytest.raises(BadSetting, match="no batches"):
+        deviation_along(torch.ones(3, 1), [])
     with pytest.raises(BadData, match="index is"):
         noise_edge(model, half_squares, data, batch=3, index=torch.zeros(2, 4).long())
     for bracket, factor in (((1.0, 0.1), 1.1), ((0.0, 1.0), 1.1), ((0.1, 1.0), 1.0)):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sfumato.errors import BadData, BadSetting
-from sfumato.probes import kernel_alignment, kernel_regression, kernel_velocity
+from sfumato.probes import kernel_alignment, kernel_regression, kernel_similarity, kernel_velocity
 
 STORED = np.load(Path(__file__).parents[1] / "vectors" / "lazy-to-rich.npz")
 
@@ -68,3 +68,16 @@ def test_refusals():
         kernel_regression(k, y, k, ridge=-1.0)
     with pytest.raises(BadData, match="for 9 labels"):
         kernel_regression(k, y, k[:, :3])
+
+
+def test_similarity_is_a_cosine_of_centred_kernels():
+    k, y = kernel()
+    other, _ = kernel(rank=3)
+    assert float(kernel_similarity(3 * k + 7, k)) == pytest.approx(1)
+    assert float(kernel_similarity(k, other)) == pytest.approx(float(kernel_similarity(other, k)))
+    centre = torch.eye(9, dtype=torch.float64) - 1 / 9
+    a, b = centre @ k @ centre, centre @ other @ centre
+    torch.testing.assert_close(kernel_similarity(k, other), (a * b).sum() / (a.norm() * b.norm()))
+    torch.testing.assert_close(kernel_similarity(k, torch.outer(y, y)), kernel_alignment(k, y))
+    with pytest.raises(BadData, match="both"):
+        kernel_similarity(k, other[:3, :3])

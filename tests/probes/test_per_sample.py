@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sfumato.probes import JacobianOperator, ntk, per_sample_grads
+from sfumato.probes import CountSketch, JacobianOperator, ntk, per_sample_grads, tangent_features
 
 VECTORS = np.load(Path(__file__).parents[1] / "vectors" / "curvature-base.npz")
 
@@ -48,3 +48,16 @@ def test_scalar_outputs_and_mode_is_restored():
     x = torch.randn(4, 5).double()
     torch.testing.assert_close(ntk(net, x), x @ x.T + 1)
     assert net[1].training
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_tangent_features_are_the_factor_of_the_kernel(chunk):
+    net, _, x, _ = problem("mse")
+    found = tangent_features(net, [x[:4], x[4:]], chunk=chunk)
+    assert found.shape == (7, 3 * 57)
+    torch.testing.assert_close(found @ found.T, ntk(net, x))
+    some = tangent_features(net, x, params=["2.bias"], chunk=chunk)
+    torch.testing.assert_close(some @ some.T, torch.full((7, 7), 3.0).double())
+    sketch = CountSketch(57, 31, generator=torch.Generator().manual_seed(0))
+    short = tangent_features(net, x, sketch=sketch, chunk=chunk)
+    torch.testing.assert_close(short, sketch(found.view(7, 3, 57)).flatten(1))

@@ -17,23 +17,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sfumato.engine import checkpoint
-from sfumato.engine.loading import load
-from sfumato.engine.run_folder import Run
 from sfumato.errors import BadData, BadSetting, Interrupted
 from sfumato.instruments.batching import Pairs
 from sfumato.instruments.classified import count_outputs
 from sfumato.instruments.findings import Findings, Plan, Plot, Section, Table
+from sfumato.instruments.followed import earlier_checkpoints, last_step, step_of, subject_at
 from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.progress import Progress
-from sfumato.instruments.subject import ClassifierLike, Subject
+from sfumato.instruments.subject import Subject
 from sfumato.instruments.timing import samples_that_fit, seconds_a_sample, told_cut
 from sfumato.nn.at_rest import eval_mode, exact_arithmetic
 from sfumato.probes.collapse import between_whitening, class_stats, nc2, nc3, pooled_stats, self_duality
@@ -67,7 +64,9 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
     less = subject.first(settings.samples or fitting)
     _refuse_few(less)
     one = PASSES * less.count * sample
-    earlier = len(_earlier(subject)) if settings.checkpoints is None else min(settings.checkpoints, len(_earlier(subject)))
+    earlier = len(earlier_checkpoints(subject))
+    if settings.checkpoints is not None:
+        earlier = min(settings.checkpoints, earlier)
     if settings.checkpoints is None and limit is not None:
         earlier = max(0, min(earlier, int(limit / one) - 1))
     chosen = {"samples": less.count, "layer": name, "checkpoints": earlier}
@@ -79,7 +78,7 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
     """The final model, then the checkpoints before it, from the newest back."""
     del settings
     subject, name = subject.first(plan.chosen["samples"]), plan.chosen["layer"]
-    data, before = progress.over(subject.batches), _earlier(subject)
+    data, before = progress.over(subject.batches), earlier_checkpoints(subject)
     found: dict[str, Any] = {}
     over: list[dict[str, Any]] = []
     with progress.until_stopped():
@@ -87,16 +86,12 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
         found = _measured(subject, name, data)
         for path in before[len(before) - plan.chosen["checkpoints"] :][::-1]:
             progress.stage(path.stem)
-            method = load(path, device=str(subject.device))
-            assert isinstance(method, ClassifierLike)
-            one = _measured(replace(subject, module=method.network), name, data)
-            over.insert(0, {"step": checkpoint.peek(path)["step"], **_short(one)})
+            one = _measured(subject_at(subject, path), name, data)
+            over.insert(0, {"step": step_of(path), **_short(one)})
     if not found:
         raise Interrupted("stopped before anything was measured: the features were not all read")
     if over:
-        last = Run.open(subject.facts["run"]).last_checkpoint
-        assert last is not None
-        found["checkpoints"] = [*over, {"step": checkpoint.peek(last)["step"], **_short(found)}]
+        found["checkpoints"] = [*over, {"step": last_step(subject), **_short(found)}]
     found["random"] = _random(found, generator)
     return _findings(subject, name, found)
 
@@ -151,14 +146,6 @@ def _refuse_few(subject: Subject) -> None:
             f"collapse compares at least two classes of at least two samples each on average: these are {subject.count} samples "
             f"of {classes}; --set samples=N takes more"
         )
-
-
-def _earlier(subject: Subject) -> list[Path]:
-    """The checkpoints that a run kept, but for the last one, oldest first."""
-    folder = Path(subject.facts.get("run", ""))
-    if "run" not in subject.facts or not (folder / "config.yaml").is_file():
-        return []
-    return checkpoint.listing(Run.open(folder).checkpoints)[:-1]
 
 
 # Figures

@@ -23,6 +23,9 @@ KINDS = {
     "collapse": "how far a classifier's features have collapsed onto their class means (NC1, NC2, NC3)",
     "representation": "what features are worth to simple readers, beside the same network untrained",
     "robustness": "how small a change misleads a classifier, and in which direction",
+    "learning-rate": "how large a learning rate is stable, by batch size, and how to move a tuned one to another batch",
+    "alignment": "whether kernels point along the targets, and how far they moved while a run was trained: lazy or rich",
+    "information": "what each layer tells about its input and about the class: the information plane",
     "precision": "whether rounding ends a classifier's learning: collapsed softmax, gradients along the weights",
 }
 """Every kind, and what it tells. The module is called like the kind, with `_` for `-`."""

@@ -54,6 +54,13 @@ class OwnLoss(nn.Module):
         """The same over the first batches only; the method is shared."""
         return OwnLoss(self.method, self._held.batches[:batches], self._held.seed)
 
+    def drawn(self, parts: Sequence[Tensor], noise: int) -> OwnLoss:
+        """The same over batches of these samples, numbered over all batches, with noise of their own; the method is shared."""
+        held = self._held
+        whole = [_joined([getattr(b, name) for b in held.batches]) for name in ("x", "index", "label", "target")]
+        rows = [Batch(*(None if t is None else t[rows] for t in whole)) for rows in parts]  # type: ignore[arg-type]
+        return OwnLoss(self.method, rows, key(held.seed, "drawn", noise))
+
     def total_weight(self) -> float:
         """Σ w_b, found once: with the noise held it is a constant."""
         held = self._held
@@ -70,6 +77,10 @@ class OwnLoss(nn.Module):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             seed_everything(noise, device)
             return Loss(*method.loss(held.batches[number].to(device), Context(steps - 1, steps, held.seed, generator)))
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    return None if any(p is None for p in parts) else torch.cat([p for p in parts if p is not None])
 
 
 class _Held:

@@ -1,6 +1,7 @@
 from .attention_maps import attention_distance as attention_distance
 from .attention_maps import attention_nmi as attention_nmi
 from .batch_spectrum import batch_hessians as batch_hessians
+from .batch_spectrum import deviation_along as deviation_along
 from .batch_spectrum import effective_batch as effective_batch
 from .batch_spectrum import hessian_noise as hessian_noise
 from .batch_spectrum import max_stable_lr as max_stable_lr
@@ -27,6 +28,7 @@ from .collapse import nc2 as nc2
 from .collapse import nc3 as nc3
 from .collapse import pooled_stats as pooled_stats
 from .collapse import self_duality as self_duality
+from .count_sketch import CountSketch as CountSketch
 from .denoisers import blindness as blindness
 from .denoisers import noise_autocorrelation as noise_autocorrelation
 from .evaluation import TokenScores as TokenScores
@@ -45,6 +47,7 @@ from .information import kde_information as kde_information
 from .information import pattern_entropy_bits as pattern_entropy_bits
 from .kernels import kernel_alignment as kernel_alignment
 from .kernels import kernel_regression as kernel_regression
+from .kernels import kernel_similarity as kernel_similarity
 from .kernels import kernel_velocity as kernel_velocity
 from .krylov import Density as Density
 from .krylov import Eigenpairs as Eigenpairs
@@ -87,6 +90,7 @@ from .paths import layerwise_barrier as layerwise_barrier
 from .paths import path_loss as path_loss
 from .per_sample import ntk as ntk
 from .per_sample import per_sample_grads as per_sample_grads
+from .per_sample import tangent_features as tangent_features
 from .permutation import match_permutation as match_permutation
 from .random_matrix import SpectralLaw as SpectralLaw
 from .random_matrix import marchenko_pastur as marchenko_pastur

@@ -20,7 +20,7 @@ True
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,8 @@ def batch_hessians(
     Args:
         model: any module; batch norm takes its running statistics.
         loss: `(outputs, targets) -> scalar`, the mean over the batch.
-        data: a pair (inputs, targets), a list of pairs, or a DataLoader; joined in memory.
+        data: a pair (inputs, targets), a list of pairs, or a DataLoader; kept in memory, and never more of it differentiated at
+            once than its largest pair has.
         batch: samples a batch, drawn without replacement.
         batches: how many batches.
         params: names of parameters, or a predicate on names; None: all trainable ones.
@@ -82,7 +83,9 @@ def batch_hessians(
         BadSetting: a batch larger than the data, or no batches. BadData: an `index` that does not fit.
     """
     device = next(model.parameters()).device
-    x, y = (torch.cat(column) for column in zip(*as_batches(data, device)))
+    given = list(as_batches(data, device))
+    x, y = (torch.cat(column) for column in zip(*given))
+    at_once = max(len(column) for column, _ in given)
     effective_batch(batch, len(x))  # refuses what cannot be drawn
     if index is None:
         if batches < 1:
@@ -93,8 +96,9 @@ def batch_hessians(
         rows = list(index.to(device))
     else:
         raise BadData(f"index is [batches, {batch}], not {list(index.shape)}")
-    return HessianOperator(model, loss, (x, y), params=params), [
-        HessianOperator(model, loss, (x[i], y[i]), params=params) for i in rows
+    drawn = [list(zip(x[i].split(at_once), y[i].split(at_once), strict=True)) for i in rows]
+    return HessianOperator(model, loss, given, params=params), [
+        HessianOperator(model, loss, pairs, params=params) for pairs in drawn
     ]
 
 
@@ -132,8 +136,25 @@ def hessian_noise(
         like = torch.empty((), dtype=whole.dtype, device=whole.device)
         noise = draw_probes((probes, whole.shape[0]), "gaussian", like=like, generator=generator)
     z = (noise / noise.norm(dim=1, keepdim=True)).T
-    mean = whole @ z
-    squares = torch.stack([(part @ z - mean).square().sum(0) for part in parts])  # [batches, probes]
+    return deviation_along(whole @ z, [part @ z for part in parts])
+
+
+def deviation_along(whole: Tensor, parts: Sequence[Tensor]) -> Estimate:
+    """What `hessian_noise` measures, from products that are there already: the mean of ‖(H_B − H) z‖².
+
+    Args:
+        whole: H z for unit directions z, `[d, probes]`.
+        parts: H_B z for the same directions, one `[d, probes]` a batch.
+
+    Returns:
+        `Estimate(value, stderr, samples)` as `hessian_noise`.
+
+    Raises:
+        BadSetting: no batches.
+    """
+    if not parts:
+        raise BadSetting("the noise of no batches: give at least one product")
+    squares = torch.stack([(part - whole).square().sum(0) for part in parts])  # [batches, probes]
     error = _error(squares.mean(1)).square() + _error(squares.mean(0)).square()  # batches and directions both vary
     return Estimate(squares.mean(), error.sqrt(), squares.numel())
 

@@ -1,17 +1,21 @@
 """What a kernel between samples says of a task: how well they are aligned, how far the kernel moved, what it predicts.
 
     alignment  yᵀ K y / (‖K‖ ‖y‖²),     velocity  ‖K_t − K_0‖ / ‖K_0‖,     regression  K(x, X) (K(X, X) + λI)⁻¹ y
+    similarity  ⟨K, K′⟩ / (‖K‖ ‖K′‖), which no scale changes
 
 Sources: Cortes, Mohri, Rostamizadeh, "Algorithms for learning kernels based on centered alignment", JMLR 2012; as measures
 of feature learning: Kumar, Bordelon, Gershman, Pehlevan, "Grokking as the Transition from Lazy to Rich Training Dynamics", ICLR
-2024.
+2024; similarity of representations: Kornblith, Norouzi, Lee, Hinton, "Similarity of Neural Network Representations Revisited",
+ICML 2019.
 
 >>> import torch
->>> from sfumato.probes import kernel_alignment, kernel_regression, kernel_velocity
+>>> from sfumato.probes import kernel_alignment, kernel_regression, kernel_similarity, kernel_velocity
 >>> y = torch.tensor([1.0, -1.0, 2.0])
 >>> k = torch.outer(y, y)
 >>> kernel_alignment(k, y, centre="none").item(), kernel_velocity(3 * k, k).item()
 (1.0, 2.0)
+>>> round(kernel_similarity(3 * k, k).item(), 4)
+1.0
 >>> kernel_regression(torch.eye(3), y, torch.eye(3), ridge=1.0)
 tensor([ 0.5000, -0.5000,  1.0000])
 """
@@ -53,6 +57,24 @@ def kernel_alignment(k: Tensor, y: Tensor, *, centre: Literal["both", "rows", "n
     if centre == "both":
         k = k - k.mean(1, keepdim=True)
     return (y * (k @ y)).sum() / (k.norm() * (y.T @ y).norm())
+
+
+def kernel_similarity(k: Tensor, other: Tensor) -> Tensor:
+    """How alike two kernels on the same samples are but for their scale: the cosine of both, rows and columns centred (CKA).
+
+    Args:
+        k, other: `[n, n]`, symmetric.
+
+    Returns:
+        Scalar, -1 to 1; at least 0 for kernels without negative eigenvalues.
+
+    Raises:
+        BadData: shapes that do not belong together.
+    """
+    if k.ndim != 2 or k.shape[0] != k.shape[1] or other.shape != k.shape:
+        raise BadData(f"two kernels on the same samples are both [n, n], not {list(k.shape)} and {list(other.shape)}")
+    a, b = (t - t.mean(0) - t.mean(1, keepdim=True) + t.mean() for t in (k, other.to(k)))
+    return (a * b).sum() / (a.norm() * b.norm())
 
 
 def kernel_velocity(k: Tensor, k0: Tensor) -> Tensor:

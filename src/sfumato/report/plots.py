@@ -65,7 +65,7 @@ def interval_text(mean: float, low: float, high: float) -> tuple[str, str, str]:
 
 def curves(
     series: Mapping[str, tuple[Any, Any]], *, xlabel: str = "", ylabel: str = "", logx: bool = False, logy: bool = False,
-    band: str | None = "minmax", smooth: int = 0, height: float = 320,
+    band: str | None = "minmax", smooth: int = 0, height: float = 320, zero: str = "",
 ) -> Figure:  # fmt: skip
     """Lines by name, with a band where there are several seeds.
 
@@ -75,6 +75,7 @@ def curves(
         band: over seeds: `"minmax"`, `"ci"` (95 % interval of the mean, Student's t) or None.
         smooth: width in points of a running mean drawn over the faint raw line; 0: none.
         height: in pixels, without a legend.
+        zero: axes that begin at 0: `"y"`, `"xy"`, or none.
     """
 
     def draw(canvas: Any, theme: Theme) -> None:
@@ -84,6 +85,8 @@ def curves(
             ends += _curve(ax, name, as_floats(xs), np.atleast_2d(as_floats(ys)), _look(theme, i), band, smooth)
         _axes(ax, xlabel, ylabel, logx, logy)
         ax.margins(x=0.015)
+        for axis in zero:
+            getattr(ax, f"set_{axis}lim")(0)
         _name_lines(canvas, ax, ends, height)
 
     names = list(series)

@@ -32,8 +32,9 @@ def write_probe_report(found: Findings, path: str | Path, *, command: str | None
         command: how to run it again, to be shown.
     """
     about, models = found.about, found.about.get("models", [])
+    kind = str(about.get("probe", "probe")).replace("-", " ").capitalize()
     page = Page(
-        f"{str(about.get('probe', 'probe')).capitalize()} of {' and '.join(dict.fromkeys(str(m.get('model')) for m in models))}",
+        f"{kind} of {' and '.join(dict.fromkeys(str(m.get('model')) for m in models))}",
         subtitle=", ".join(f"on {m['data']}" for m in models[:1]),
         facts={name: with_error(value) for name, value in found.headline.items()},
     )
