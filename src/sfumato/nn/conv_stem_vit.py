@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from sfumato.errors import BadData, BadSetting
 from sfumato.masks.token_index import to_ids, upsample_mask
 from sfumato.nn.masked_vit import PatchEmbed
-from sfumato.nn.vit_blocks import initialise_linear, vit_block
 from sfumato.nn.positions import sincos_2d
+from sfumato.nn.vit_blocks import initialise_linear, vit_block
 
 SCALES = (4, 2)
 """Places along the side of a token, in the first and the second stage."""

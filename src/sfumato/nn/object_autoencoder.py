@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sfumato.errors import BadCheckpoint
 from sfumato.masks.random_masks import Grid, grid_shape
 from sfumato.masks.token_index import take_tokens, to_ids
-from sfumato.nn.masked_vit import _block
+from sfumato.nn.vit_blocks import vit_block
 
 
 class MaskedObjectAutoencoder(nn.Module):
@@ -66,12 +66,12 @@ class MaskedObjectAutoencoder(nn.Module):
         length, inner = rows * columns, decoder_dim or dim
         self.embed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.positions = nn.Parameter(token_std * torch.randn(1, length, dim))
-        self.encoder = nn.Sequential(*(_block(dim, encoder_heads, mlp_ratio) for _ in range(encoder_depth)))
+        self.encoder = nn.Sequential(*(vit_block(dim, encoder_heads, mlp_ratio) for _ in range(encoder_depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.bridge = nn.Identity() if inner == dim else nn.Linear(dim, inner)
         self.mask_token = nn.Parameter(token_std * torch.randn(1, 1, inner))
         self.decoder_positions = nn.Parameter(token_std * torch.randn(1, length, inner))
-        self.decoder = nn.Sequential(*(_block(inner, decoder_heads, mlp_ratio) for _ in range(decoder_depth)))
+        self.decoder = nn.Sequential(*(vit_block(inner, decoder_heads, mlp_ratio) for _ in range(decoder_depth)))
         self.decoder_norm = nn.LayerNorm(inner, eps=1e-6)
         self.head = nn.Linear(inner, channels * cell[0] * cell[1])
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch

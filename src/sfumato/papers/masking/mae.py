@@ -120,7 +120,7 @@ class MaskedImageModel(Method):
     # ---- training
 
     def mask(self, x: Tensor, generator: torch.Generator, progress: float = 1.0) -> Tensor:
-        """Which patches to hide: the paper's own mask, or the one that the settings name; arguments and result as of `own_mask`."""
+        """Which patches to hide: the paper's own mask, or the one that the settings name; all else as for `own_mask`."""
         name, c = self.config.mask, self.config
         if name == "own":
             return self.own_mask(x, generator, progress)

@@ -80,7 +80,9 @@ class LightUNetDecoder(nn.Module):
         super().__init__()
         blocks = stride.bit_length() - 1
         if stride != 2**blocks or width % stride:
-            raise BadSetting(f"a decoder of width {width} cannot be halved over a stride of {stride}: take a power of 2 and a multiple")
+            raise BadSetting(
+                f"a decoder of width {width} cannot be halved over a stride of {stride}: take a power of 2 and a multiple"
+            )
         self.widths = [width >> i for i in range(blocks + 1)]
         self.blocks = nn.ModuleList(_up(c) for c in self.widths[:-1])
         self.project = nn.Conv2d(self.widths[-1], out, 1)

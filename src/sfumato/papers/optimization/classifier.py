@@ -265,7 +265,7 @@ class Supervised(Method):
             known = [name for name in cls.carried if hasattr(previous.config, name)]
             update = {name: getattr(previous.config, name) for name in known}
             source: nn.Module = previous.network
-        elif (kind := next((k for k, made in ENCODERS.items() if isinstance(getattr(previous, "encoder", None), made)), None)):
+        elif kind := next((k for k, made in ENCODERS.items() if isinstance(getattr(previous, "encoder", None), made)), None):
             encoder: Any = previous.encoder
             side = getattr(previous.config, "image_size", None) or 224
             size = encoder.settings.get("size", side)
