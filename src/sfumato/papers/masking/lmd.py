@@ -595,7 +595,8 @@ def speed(lab: Lab) -> Figures:
     "At equal computation a growing ratio reconstructs better than a fixed one",
     Better("hidden PSNR", "growing", over="fixed"),
     seeds=range(100, 105),
-    note="The fixed ratio leaves fewer tokens, so it gets more steps: as many as take equally many multiply-adds.",
+    note="The fixed ratio leaves fewer tokens, so it gets more steps: as many as take equally many multiply-adds. Expected to "
+    "help little at this scale, or to hurt: low ratios cost more a step.",
 )
 def growing(lab: Lab) -> Figures:
     """The latent model of `speed` with the cosine from 0.15 to 0.75, and with 0.75 throughout."""
