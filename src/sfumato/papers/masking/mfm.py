@@ -256,7 +256,8 @@ BASELINES: dict[str, dict[str, Any]] = {"whole spectrum": {"target": "normal"}, 
     Better("CNN accuracy", "MFM", over="untrained"),
     seeds=range(100, 105),
     note="Fine-tuned on the same 100 digits from the same first weights. The whole spectrum as a target, and denoising, are "
-    "shown for the convolutional network: differences between pretexts are expected within noise at this scale.",
+    "shown for the convolutional network: differences between pretexts are expected within noise at this scale. On development "
+    "seeds that network reached 0.89 untrained and gained 0.01 from MFM, within noise; the transformer gained 0.1 from 0.5.",
 )
 def few_labels(lab: Lab) -> Figures:
     """Digits 8 x 8, a disc of radius 2, half of them low-passed; then 150 steps on 100 labels."""
