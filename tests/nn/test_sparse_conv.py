@@ -215,8 +215,14 @@ def test_weighted_moments_are_those_of_the_gathered_rows():
 @pytest.mark.parametrize("sync", [None, lambda t: t], ids=["gathered", "weighted"])
 def test_gradients_of_the_norms(sync):
     hidden = Holes(some_holes(rows=1, columns=2)).at(2, 2)
-    x, w, b = pictures(size=(2, 2)).requires_grad_(), torch.rand(3).double().requires_grad_(), torch.rand(3).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, w, b: masked_batch_norm(x, hidden, None, None, w, b, training=True, sync=sync), (x, w, b))
+    x, w, b = (
+        pictures(size=(2, 2)).requires_grad_(),
+        torch.rand(3).double().requires_grad_(),
+        torch.rand(3).double().requires_grad_(),
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: masked_batch_norm(x, hidden, None, None, w, b, training=True, sync=sync), (x, w, b)
+    )
     assert torch.autograd.gradcheck(lambda x, w, b: masked_layer_norm(x, hidden, w, b), (x, w, b))
 
 

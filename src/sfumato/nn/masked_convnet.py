@@ -181,9 +181,7 @@ class MaskedConvEncoder(nn.Module):
         return arguments, timm.create_model(**arguments).state_dict() | trained
 
 
-def _network(
-    model: str, channels: int, settings: dict[str, Any], drop_path: float
-) -> tuple[nn.Module, list[int], list[int]]:
+def _network(model: str, channels: int, settings: dict[str, Any], drop_path: float) -> tuple[nn.Module, list[int], list[int]]:
     """A network from pictures to maps, their channels and their strides."""
     if model == OWN:
         try:
@@ -195,7 +193,9 @@ def _network(
     import timm
 
     if not timm.is_model(model):
-        raise BadSetting(f"there is no model {model!r}; did you mean {', '.join(nearest(model, (OWN, *timm.list_models())) or [OWN])}?")
+        raise BadSetting(
+            f"there is no model {model!r}; did you mean {', '.join(nearest(model, (OWN, *timm.list_models())) or [OWN])}?"
+        )
     depth = {"drop_path_rate": drop_path} if drop_path else {}
     try:
         net: Any = timm.create_model(model, features_only=True, feature_cls="getter", in_chans=channels, **depth, **settings)

@@ -58,8 +58,8 @@ def masked_batch_norm(
 ) -> Tensor:
     """Batch normalisation over visible positions.
 
-    On a CPU they are gathered for torch's own kernel; elsewhere, and with `sync`, moments are weighted by the mask, which needs no
-    synchronisation and compiles. Equal but for rounding.
+    On a CPU they are gathered for torch's own kernel; elsewhere, and with `sync`, moments are weighted by the mask: the device need
+    not be waited for. Equal but for rounding.
 
     Args:
         x: `[B, C, h, w]`; hidden positions are not looked at.
@@ -241,7 +241,10 @@ class Holes:
         number = F.pad(number.view(batch, rows, columns), around, value=-2)
         y, x = (torch.arange(-p, u + p, device=device) for p, u in zip(pad, (up, across)))
         i = self.cells % (rows * columns) // columns
-        i, j = i[:, None] + y.div(up, rounding_mode="floor"), (self.cells % columns)[:, None] + x.div(across, rounding_mode="floor")
+        i, j = (
+            i[:, None] + y.div(up, rounding_mode="floor"),
+            (self.cells % columns)[:, None] + x.div(across, rounding_mode="floor"),
+        )
         tile = number[self.owners[:, None, None], i[:, :, None] + reach[0], j[:, None, :] + reach[1]]
         place = (y % up)[:, None] * across + x % across
         source = (tile.clamp(min=0) * (up * across) + place).flatten()
@@ -477,7 +480,9 @@ def sparsify(module: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     for name, m in module.named_modules():
         if isinstance(m, MIXING):
-            raise BadSetting(f"{name or 'the module'} is a {type(m).__name__}, which has no sparse form: take a network without it")
+            raise BadSetting(
+                f"{name or 'the module'} is a {type(m).__name__}, which has no sparse form: take a network without it"
+            )
     return _converted(module, lambda m: None if isinstance(m, _SparseLayer) else _sparse_class(type(m)), inplace)
 
 

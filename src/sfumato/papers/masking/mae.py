@@ -167,7 +167,9 @@ class MaskedImageModel(Method):
             raise BadCheckpoint(f"{cls.__name__} starts from a masked image model, not from a {type(previous).__name__} run")
         method = cls(config)
         if type(previous.encoder) is not type(method.encoder):
-            raise BadCheckpoint(f"the run's encoder is a {type(previous.encoder).__name__}, not a {type(method.encoder).__name__}")
+            raise BadCheckpoint(
+                f"the run's encoder is a {type(previous.encoder).__name__}, not a {type(method.encoder).__name__}"
+            )
         try:
             method.encoder.load_state_dict(previous.encoder.state_dict())
         except RuntimeError:

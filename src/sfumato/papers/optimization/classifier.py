@@ -82,7 +82,9 @@ class SupervisedConfig(MethodConfig):
     optimizer_settings: dict[str, Any] = Field({}, description="further arguments of the optimizer, such as hessian_every")
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="of the rate; step: times 0.1 at 1/2 and 3/4")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which the learning rate rises from 0")
-    encoder_settings: dict[str, Any] | None = Field(None, description="of a vit or convnet, as its encoder records them; None: a small one")
+    encoder_settings: dict[str, Any] | None = Field(
+        None, description="of a vit or convnet, as its encoder records them; None: a small one"
+    )
 
     def largest_size(self) -> int:
         """The side of a picture that the network is made for when the data does not say."""
