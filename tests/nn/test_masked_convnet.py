@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_told():
         encoder("resnet5")
     with pytest.raises(BadSetting, match="gives no feature maps"):
         encoder(model_settings={"no_such_thing": 1})
-    with pytest.raises(BadSetting, match="model_settings=.* do not suit convnet"):
+    with pytest.raises(BadSetting, match=r"model_settings=.* do not suit convnet"):
         encoder("convnet", model_settings={"no_such_thing": 1})
     with pytest.raises(BadSetting, match="size=40 is not a multiple of test_resnet's stride, 32"):
         encoder(size=40)

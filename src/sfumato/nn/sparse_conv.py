@@ -58,8 +58,8 @@ def masked_batch_norm(
 ) -> Tensor:
     """Batch normalisation over visible positions.
 
-    On a CPU they are gathered for torch's own kernel; elsewhere, and with `sync`, moments are weighted by the mask, which needs no
-    synchronisation and compiles. Equal but for rounding.
+    On a CPU they are gathered for torch's own kernel; elsewhere, and with `sync`, moments are weighted by the mask: the device need
+    not be waited for. Equal but for rounding.
 
     Args:
         x: `[B, C, h, w]`; hidden positions are not looked at.

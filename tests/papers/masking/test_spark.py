@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sfumato.claim import Verdict, judge
 from sfumato.cli.export import export
-from sfumato.data import photo_crops
+from sfumato.data import digits, photo_crops
 from sfumato.engine import Options, Run, Trainer
 from sfumato.engine.lab import Lab
 from sfumato.errors import BadCheckpoint, BadSetting
@@ -71,6 +71,11 @@ def test_the_mask_keeps_20_of_49_cells():
     assert hidden.shape == (3, 49)
     assert (~hidden).sum(1).tolist() == [20, 20, 20]
     assert not torch.equal(hidden[0], hidden[1])
+
+
+def test_something_must_be_visible():
+    with pytest.raises(BadSetting, match="hides all 1 cells of 32 pixels: make image_size larger than 32"):
+        build(model="test_resnet", model_settings={})
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -179,21 +184,21 @@ def test_schedules_and_groups():
 
 
 def test_training_lowers_the_loss_resumes_and_travels(tmp_path):
-    data = photo_crops(64, 40, generator=generator())
-    settings = {"steps": 16, "batch_size": 32, "base_lr": 0.2}
+    data = photo_crops(32, 40, generator=generator())
+    settings = {"steps": 12, "batch_size": 16, "base_lr": 0.4}
 
     def train(run, steps):
         model = build(**settings)
         start = model.evaluate([batch(data)])["masked_loss"]
-        Trainer(model, data, Options(device="cpu", workers=0, save_every=8), steps=steps, run=run).train(show=False)
+        Trainer(model, data, Options(device="cpu", workers=0, save_every=6), steps=steps, run=run).train(show=False)
         return start, model
 
     run = Run.create(tmp_path, "spark")
     run.write_config({"slug": "spark"})
-    start, model = train(run, 16)
+    start, model = train(run, 12)
     assert model.evaluate([batch(data)])["masked_loss"] < 0.97 * start
-    (run.checkpoints / "step-16.safetensors").unlink()
-    _, again = train(run, 16)
+    (run.checkpoints / "step-12.safetensors").unlink()
+    _, again = train(run, 12)
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b)), name
     x = images(2, size=50)
@@ -253,7 +258,10 @@ def test_claim_of_the_holes_holds_and_can_fail():
     assert [c["arm"] for c in lab.curves] == ["dense", "sparse"]
 
 
-def test_claim_of_the_representation_in_small():
+def test_claim_of_the_representation_in_small(monkeypatch):
+    train, test = digits(200, size=32)
+    few = lambda size, seed: (train, Batch(test.x[:60], test.index[:60], test.label[:60]))  # noqa: E731
+    monkeypatch.setattr("sfumato.data.digits", few)
     lab = Lab(0, budget=0.01)
     figures = sparse_against_dense.run(lab)
     assert set(figures) == {"untrained", "sparse", "dense", "single scale"}

@@ -1,6 +1,7 @@
 """SparK: masked pre-training of any convnet. Its layers see visible positions only; a U-Net decodes every scale.
 
-    f_1, ..., f_s = sparse convnet(x · visible);   d_i = proj_i(norm_i(f_i), a learned token in its holes);   x̂ = UNet(d_s, ..., d_1)
+    f_1, ..., f_s = sparse convnet(x · visible);   d_i = proj_i(norm_i(f_i), a learned token in its holes)
+    x̂ = UNet(d_s, ..., d_1);
     L = Σ_hidden mean_pixels (x̂ - t)² / #hidden,   t = the patch's pixels, mean 0 and variance 1; a patch is one cell of f_s
 
 With `sparse=false` it is the paper's baseline: the dense network on pictures with zeros in their holes.
@@ -37,7 +38,7 @@ from typing_extensions import Self
 from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.errors import BadSetting
 from sfumato.losses import masked_patch_mse, patch_statistics
-from sfumato.masks import random_mask
+from sfumato.masks import count_hidden, random_mask
 from sfumato.method import Batch, Context, MethodConfig, Step
 from sfumato.nn import Holes, MaskedConvEncoder, patchify, set_hidden, sparsify, unpatchify, visible_forward
 from sfumato.optim import cosine_warmup, linear_ramp, lr_for_batch
@@ -95,7 +96,7 @@ class LightUNetDecoder(nn.Module):
                 nn.init.zeros_(m.bias)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Pictures `[B, out, H, W]` of maps `[B, width / 2^i, h_i, w_i]`, coarsest first, each twice as large as the one before."""
+        """Pictures `[B, out, H, W]` of maps `[B, width / 2^i, h_i, w_i]`, coarsest first, each twice as large as the last."""
         x = maps[0]
         for i, block in enumerate(self.blocks):
             x = block(x if i == 0 or i >= len(maps) else x + maps[i])
@@ -182,6 +183,11 @@ class SparK(MaskedImageModel):
             c.model, c.image_size, self.channels, scales=c.scales, model_settings=c.model_settings, drop_path=c.drop_path,
             sync=c.sync_norm,
         )  # fmt: skip
+        cells = self.encoder.grid[0] * self.encoder.grid[1]
+        if count_hidden(cells, c.mask_ratio, rule="keep_round") == cells:
+            raise BadSetting(
+                f"mask_ratio={c.mask_ratio} hides all {cells} cells of {self.encoder.patch} pixels: make image_size larger than {c.image_size}"
+            )
         self.decoder = LightUNetDecoder(self.encoder.patch, c.decoder_width, self.channels)
         norm, coarse_first = self._norm(), reversed(self.encoder.widths)
         bridges = [Bridge(n, w, norm(n), kernel=3 if i else 1) for i, (n, w) in enumerate(zip(coarse_first, self.decoder.widths))]
@@ -273,7 +279,7 @@ KEPT = 20
         lambda f: max(f["dense"]["mean off 0"], f["dense"]["variance off 1"]) > 0.1,
     ),
     seeds=range(100, 105),
-    note="Variance 1 up to v / (v + ε), which is batch norm's own. The last norms start at 1: at 0, as timm has it, blocks are idle.",
+    note="Variance 1 up to v / (v + ε), which is batch norm's own. Last norms start at 1: at 0, as in timm, blocks are idle.",
 )
 def holes(lab: Lab) -> Figures:
     """ResNet-18 with random weights, 20 of 49 cells visible: the support of its maps, and its first batch norm."""
