@@ -197,7 +197,11 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "name", ["color_masks", "sampling", *(pytest.param(name, marks=SLOW) for name in ("adahessian", "cbsn", "engine_bare"))]
+    "name",
+    [
+        *("color_masks", "sampling", "information_bins", "information_kde"),
+        *(pytest.param(name, marks=SLOW) for name in ("adahessian", "cbsn", "engine_bare")),
+    ],
 )
 def test_races_whose_peers_are_dependencies_agree(name):
     """The small sizes, one round: results are compared, times are not."""
