@@ -79,6 +79,22 @@ def test_adahessian_in_a_timm_script(run):
     assert told.endswith(f"test accuracy {accuracies[0]:.3f}\n")
 
 
+def test_optimizers_in_ones_own_loop(run):
+    figures, told = run("optimizers_in_own_loop", "--steps", 60)
+    assert list(figures) == ["SGD", "M-FAC", "AdamW", "perpGrad, AdamW"]
+    assert figures["M-FAC"]["loss"] < 0.7 * figures["SGD"]["loss"]
+    assert figures["perpGrad, AdamW"]["loss"] < 2
+    assert abs(figures["perpGrad, AdamW"]["weights"] - 1) < 0.1 < figures["AdamW"]["weights"] - 1, "weights turn, and do not grow"
+    assert all(f"test accuracy {one['accuracy']:.3f}" in told for one in figures.values())
+
+
+@pytest.mark.parametrize("optimizer", ["perpgrad", "mfac"])
+def test_optimizers_in_a_timm_script(run, optimizer):
+    accuracies, told = run("optimizers_in_timm_script", "--epochs", 1, "--optimizer", optimizer)
+    assert accuracies[0] > 0.5
+    assert told.endswith(f"test accuracy {accuracies[0]:.3f}\n")
+
+
 @pytest.mark.parametrize(("physics", "steps"), [("blur", 120), ("inpaint", 60)])
 def test_restoring_through_physics_of_deepinv(run, physics, steps, tmp_path):
     write_image(tmp_path / "photo.png", photos("test")[1][:, 100:164, 100:196].float() / 255)

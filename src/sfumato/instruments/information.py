@@ -217,7 +217,7 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], uni
     headline = {
         "log2 of the samples": f"{numbers['most']:.2f} bits",
         "entropy of the classes": f"{numbers['classes']:.2f} bits",
-        "layers that tell every sample apart": f"{sum(_full(row, numbers) for row in rows)} of {len(rows)}",
+        "layers at that limit": f"{sum(_full(row, numbers) for row in rows)} of {len(rows)}",
     }
     told = (
         f"T is a layer, X the sample, Y its class. I(X;T) is at most log2 {numbers['samples']:,} = {numbers['most']:.2f} bits, "
@@ -254,12 +254,12 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], uni
 
 
 def _row(row: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"layer": row["layer"], "numbers": row["size"]}
+    found: dict[str, Any] = {"layer": row["layer"], "units": row["size"]}
     for of, title in SHORT.items():
         found |= {f"I(X;T), {title}": round(row[of]["input"], 3), f"I(Y;T), {title}": round(row[of]["label"], 3)}
         if "lost" in numbers:
             found[f"lost, {title}"] = f"{numbers['lost'][of][row['layer']]:.0%}"
-    return {**found, "": "tells all apart" if _full(row, numbers) else ""}
+    return {**found, "": "at the limit" if _full(row, numbers) else ""}
 
 
 def _planes(numbers: Mapping[str, Any]) -> list[Plot]:
@@ -318,7 +318,9 @@ def _words(numbers: Mapping[str, Any]) -> str:
     last, words = told[-1], []
     if len(told) < len(rows):
         full = len(rows) - len(told)
-        words.append(f"{full} of {len(rows)} layers tell{'s' * (full == 1)} all samples apart, so their place says nothing.")
+        words.append(
+            f"{full} of {len(rows)} layers tell{'s' * (full == 1)} all samples apart, or nearly, and their place says nothing."
+        )
     words.append(
         f"By {ESTIMATORS[by]} {last['layer']} keeps {last[by]['input']:.2f} of {numbers['most']:.2f} bits about the sample and "
         f"{last[by]['label']:.2f} of {numbers['classes']:.2f} about its class."

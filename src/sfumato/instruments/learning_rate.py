@@ -418,6 +418,11 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any]) -> 
         "batches are drawn without replacement from these samples; the axis counts a batch as one of an endless data set",
         *_record(),
     ]
+    if "trials" in numbers:
+        notes.append(
+            "a trial can stand more than 2 / λ₁, since a step that overshoots may end where weights are flatter, and less, since "
+            "small steps too far add up"
+        )
     if subject.norms:
         notes.append("a training that normalises each batch by its own statistics has another curvature than is measured here")
     if "ceiling" not in numbers:
@@ -523,7 +528,7 @@ def _measured(numbers: Mapping[str, Any]) -> Section:
     for row in numbers["batches"]:
         told = {
             "batch": row["batch"], "batches": row["draws"],
-            "λ₁": f"{row['largest']['value']:.3g} ± {row['largest']['stderr']:.1g}",
+            "λ₁": f"{row['largest']['value']:.3g} ± {float(format(row['largest']['stderr'], '.1g')):g}",
             "SGD, by curvature": row["sgd"], "SGD, theory": row["theory"],
         }  # fmt: skip
         for name, title in (("sgd", "SGD, trials"), ("adam", "Adam, trials")):
@@ -598,11 +603,11 @@ def _words(settings: Settings, numbers: Mapping[str, Any]) -> str:
         )
     if math.isfinite(scale):
         words.append(
-            f"Gradient noise is as large as the gradient at a batch of {scale:,.0f}: Adam's rate follows the root up to there."
+            f"Gradient noise is as large as the gradient at a batch of {scale:,.0f}: Adam's law follows the root up to there."
         )
     else:
         words.append(
-            "The gradient is lost in its noise with these samples, so Adam's rate follows the root as far as can be seen."
+            "The gradient is lost in its noise with these samples, so Adam's law follows the root as far as can be seen."
         )
     if trials := [t for t in numbers.get("trials", {}).get("sgd", []) if not t["bound"]]:
         one = trials[-1]
