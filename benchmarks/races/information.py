@@ -139,7 +139,7 @@ def bins_numpy(count: int, units: int) -> Run:
 
 @race(
     "Mutual information with bins",
-    "The bins of a row are digits of one whole number, so that telling rows apart is sorting numbers; numpy sorts rows as they are, "
+    "The bins of a row are digits of one whole number, so telling rows apart is sorting numbers; numpy sorts rows as they are, "
     "and a loop over pairs compares each with all others.",
 )
 def information_bins(quick: bool) -> Iterator[Heat]:

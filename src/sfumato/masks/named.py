@@ -5,7 +5,7 @@
     disjoint  two views, hardly overlapping (DMJD)           progressive  random, the ratio grows with training (LMD)
     hard  more and more of what is hard to predict (HPM)     semantic     what the network attends to, at random by its weight
 
-Source of each: its own file in this room. A mask of frequencies hides parts of the spectrum, not tokens (`random_frequency_mask`).
+Source of each: its own file here. A mask of frequencies hides parts of the spectrum, not tokens: see `random_frequency_mask`.
 
 >>> import torch
 >>> from sfumato.masks import named_mask

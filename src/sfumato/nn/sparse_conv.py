@@ -58,7 +58,7 @@ def masked_batch_norm(
 ) -> Tensor:
     """Batch normalisation over visible positions.
 
-    On a CPU they are gathered for torch's own kernel; elsewhere, and with `sync`, moments are weighted by the mask: the device need
+    On a CPU they are gathered for torch's own kernel; elsewhere, and with `sync`, moments are weighted by the mask: a device need
     not be waited for. Equal but for rounding.
 
     Args:
