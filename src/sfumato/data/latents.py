@@ -156,7 +156,7 @@ class _Views(Dataset[Sample]):
         return len(self.seeds)
 
     def __getitem__(self, row: int) -> Sample:
-        x, label, _ = self.pictures[row % len(self.pictures)]
+        x, label, *_ = self.pictures[row % len(self.pictures)]
         if self.augment is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(int(self.seeds[row]))
