@@ -132,8 +132,8 @@ class PyramidBackbone(nn.Module):
 def _widen(trunk: nn.Module, channels: int) -> None:
     """Another number of input channels for the first convolution; what it knows of the first three stays."""
     name, first = next((n, m) for n, m in trunk.named_modules() if isinstance(m, nn.Conv2d))
-    shape: Any = (first.kernel_size, first.stride, first.padding)
-    fresh = nn.Conv2d(channels, first.out_channels, *shape, bias=first.bias is not None)
+    alike: dict[str, Any] = {"kernel_size": first.kernel_size, "stride": first.stride, "padding": first.padding}
+    fresh = nn.Conv2d(channels, first.out_channels, bias=first.bias is not None, **alike)
     with torch.no_grad():
         fresh.weight[:, :3] = first.weight[:, :channels]
         if first.bias is not None and fresh.bias is not None:
