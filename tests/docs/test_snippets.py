@@ -130,7 +130,7 @@ def check_sfumato(words):
     context = command.make_context(command.name, words, parent=context)
     name, given = context.command.name, context.params
     slugs = given.get("slugs") or [slug for slug in [given.get("slug")] if slug]
-    assert all(slug == "SLUG" or catalogue.find(slug) for slug in slugs)
+    assert all(slug == "SLUG" or (name, slug) == ("show", "masks") or catalogue.find(slug) for slug in slugs)
     settings = parse_settings([first_choice(pair) for pair in given.get("set_") or []])
     if name == "train" and settings:
         configure(catalogue.load_method(slugs[0]).Config, "small", settings)

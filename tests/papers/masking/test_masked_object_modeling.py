@@ -226,7 +226,7 @@ def test_it_trains_and_predicts(over):
     assert torch.equal(metres.isfinite(), FRAMES.boxes.isfinite().all(-1))
     figures = model.evaluate([FRAMES])
     assert all(math.isfinite(v) for v in figures.values())
-    assert ("reconstruction" in figures) == bool(model.config.alpha and model.config.mask_ratio)
+    assert ("reconstruction_error" in figures) == bool(model.config.alpha and model.config.mask_ratio)
     shown = model.preview(FRAMES, g())
     assert all(v.min() >= 0 and v.max() <= 1 for v in shown.values())
 
@@ -279,7 +279,7 @@ def test_objects_of_unknown_distance_are_still_reconstructed():
     assert value == 10 * logs["reconstruction"]
     assert value > 0
     value.backward()
-    assert list(build().evaluate([unknown])) == ["reconstruction", "reconstruction_by_mean_color"]
+    assert list(build().evaluate([unknown])) == ["reconstruction_error", "mean_color_error"]
 
 
 def test_frames_without_objects():

@@ -240,7 +240,7 @@ def test_starting_from_another_run():
     with pytest.raises(BadCheckpoint, match="model_settings="):
         SparK.init_from(SparK.Config.small(), first)
     mae = MAE(MAE.Config.small(image_size=16, dim=16, depth=1, heads=2))
-    with pytest.raises(BadCheckpoint, match="the run's encoder is a MaskedViTEncoder, not a MaskedConvEncoder"):
+    with pytest.raises(BadCheckpoint, match="the run's encoder is a MaskedViTEncoder, this one is a MaskedConvEncoder"):
         SparK.init_from(first.config, mae)
 
 

@@ -545,7 +545,7 @@ class MoM(Method):
                 figures = {name: value for name, value in figures.items() if not math.isnan(value)}
         if errors[2] > 0:
             ours, plain = (errors[:2] / errors[2]).tolist()
-            figures |= {"reconstruction": ours, "reconstruction_by_mean_color": plain}
+            figures |= {"reconstruction_error": ours, "mean_color_error": plain}
         return figures
 
     @torch.no_grad()

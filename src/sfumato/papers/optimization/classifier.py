@@ -267,9 +267,10 @@ class Supervised(Method):
             source: nn.Module = previous.network
         elif kind := next((k for k, made in ENCODERS.items() if isinstance(getattr(previous, "encoder", None), made)), None):
             encoder: Any = previous.encoder
-            side = getattr(previous.config, "image_size", None) or 224
-            size = encoder.settings.get("size", side)
-            if (size if isinstance(size, int) else min(size)) != side:
+            seen = getattr(previous.config, "image_size", None)
+            size = encoder.settings.get("size", seen or 224)
+            side = size if isinstance(size, int) else min(size)
+            if side != (seen or side):
                 raise BadCheckpoint(
                     f"{cls.__name__} starts from an encoder of pictures, that of {type(previous).__name__} sees their latents: "
                     "use its features instead, sfumato apply RUN PICTURES -o FEATURES.npz"
