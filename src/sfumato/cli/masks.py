@@ -67,14 +67,14 @@ def cropped(x: Tensor, multiple: int) -> Tensor:
 def _by_a_run(run: Path, picture: Tensor, generator: torch.Generator) -> tuple[Tensor, int, dict[str, tuple[Tensor, str]]]:
     """The picture as the run takes it, its patch, and scores of its patches by the run's network."""
     from sfumato.engine import load
-    from sfumato.papers.masking.mae import MaskedImageModel, fitted
+    from sfumato.papers.masking.mae import MaskedImageModel
 
     method = load(run, device="cpu")
     if not isinstance(method, MaskedImageModel):
         raise BadSetting(f"{run} is no masked image model: give one of mae, simmim, colormae, hpm, ...")
     if picture.shape[0] != method.channels:
         picture = picture.mean(0, keepdim=True).expand(method.channels, -1, -1)
-    x = fitted(picture[None], method.config.image_size)
+    x = method.to_size(picture[None])
     method.eval()
     normal = method.normalised(x)
     scores = {

@@ -41,7 +41,7 @@ from sfumato.masks import fill, hard_mask, random_mask, to_ids, upsample_mask
 from sfumato.method import Batch, Context, Method, Result, Step
 from sfumato.nn import initialise_linear, patchify, vit_block
 from sfumato.optim import EMA, linear_ramp
-from sfumato.papers.masking.mae import MAE, as_views, fitted
+from sfumato.papers.masking.mae import MAE, as_views
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -241,7 +241,7 @@ class HPM(MAE):
         Returns:
             `[B, L]`, in raster order; only the order within an image has a meaning.
         """
-        return self.predicted_errors(self.normalised(fitted(x, self.config.image_size)))
+        return self.predicted_errors(self.normalised(self.to_size(x)))
 
     @torch.no_grad()
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
@@ -250,7 +250,7 @@ class HPM(MAE):
         if c.target == "pixels":
             rows = super().preview(batch, generator)
         else:
-            picture = fitted(batch.x, c.image_size)
+            picture = self.to_size(batch.x)
             hidden = self.mask(self.normalised(picture), generator)[: len(picture)]
             rows = {"picture": picture, "masked": fill(picture, upsample_mask(hidden, grid, c.patch), how="color", value=0.5)}
         order = self.difficulty(rows["picture"]).argsort(1).argsort(1).to(batch.x.dtype)
@@ -262,7 +262,7 @@ class HPM(MAE):
         generator = torch.Generator(self.device).manual_seed(0)
         totals, count = torch.zeros(3, device=self.device), 0
         for batch in batches:
-            x = self.normalised(fitted(batch.x, self.config.image_size))
+            x = self.normalised(self.to_size(batch.x))
             hidden = self.mask(x, generator)
             errors, guesses = self.hidden_errors(as_views(x, hidden), hidden)
             figures = (self._joined(errors, guesses), _mean(errors), pair_accuracy(guesses, errors))

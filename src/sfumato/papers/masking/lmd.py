@@ -54,7 +54,7 @@ from sfumato.masks import fill, random_mask, ratio_schedule, upsample_mask
 from sfumato.method import Batch, Context, Loss, Method
 from sfumato.nn import DiffusersVAE, IdentityCodec, MaskedDecoder, MaskedViTEncoder, PatchPCA, patchify, unpatchify
 from sfumato.optim import cosine_warmup, lr_for_batch
-from sfumato.papers.masking.mae import MAE, SMALL_ENCODER, MaskedConfig, MaskedImageModel, as_views, fitted
+from sfumato.papers.masking.mae import MAE, SMALL_ENCODER, MaskedConfig, MaskedImageModel, as_views
 from sfumato.probes import finetune_probe
 
 PCA_PICTURES = 4096
@@ -212,7 +212,7 @@ class LMD(MaskedImageModel):
             for batch in batches:
                 if self._are_latents(batch.x):
                     raise BadData("these are latents, of a PCA that is not known here: give the pictures to survey() first")
-                pictures.append(fitted(batch.x, self.config.image_size))
+                pictures.append(self.to_size(batch.x))
                 if sum(map(len, pictures)) >= PCA_PICTURES:
                     break
             if not pictures:
@@ -229,7 +229,7 @@ class LMD(MaskedImageModel):
         if not self._are_latents(x):
             codec = self._need_codec()
             with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-                x = codec.encode(fitted(x, self.config.image_size))
+                x = codec.encode(self.to_size(x))
         mean, deviation = self._statistics()
         return (x.to(dtype) - mean) / deviation
 
@@ -276,7 +276,7 @@ class LMD(MaskedImageModel):
         z = self.normalised(batch.x)
         hidden = self.mask(z, generator)[: len(z)]
         decoded = self.decoded(z)
-        picture = decoded if self._are_latents(batch.x) else fitted(batch.x, self.config.image_size)
+        picture = decoded if self._are_latents(batch.x) else self.to_size(batch.x)
         pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch * self.reduction)
         return {
             "picture": picture,
@@ -298,7 +298,7 @@ class LMD(MaskedImageModel):
             hidden = self.mask(z, generator)
             loss += float(self.masked_loss(as_views(z, hidden), hidden)) * len(batch)
             if not self.config.norm_pix:
-                picture = self.decoded(z) if self._are_latents(batch.x) else fitted(batch.x, self.config.image_size)
+                picture = self.decoded(z) if self._are_latents(batch.x) else self.to_size(batch.x)
                 hidden = hidden[: len(z)]
                 pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch * self.reduction)
                 error += float(masked_mean((self._painted(z, hidden) - picture).square(), pixels)) * len(batch)

@@ -231,7 +231,7 @@ class MaskedImageModel(Method):
         Returns:
             `[B, dim]`.
         """
-        return self.encoder.features(self.normalised(fitted(x, self.config.image_size)))
+        return self.encoder.features(self.normalised(self.to_size(x)))
 
     def timm_weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The encoder for timm, see `MaskedViTEncoder.timm_weights`; its inputs are normalised with ImageNet's statistics."""
@@ -240,7 +240,7 @@ class MaskedImageModel(Method):
     @torch.no_grad()
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures, what is left of them, and visible pixels with predicted hidden ones."""
-        picture = fitted(batch.x, self.config.image_size)
+        picture = self.to_size(batch.x)
         x = self.normalised(picture)
         hidden = self.mask(x, generator)[: len(x)]
         pixels = upsample_mask(hidden, self.encoder.grid, self.encoder.patch)
@@ -257,7 +257,7 @@ class MaskedImageModel(Method):
         generator = torch.Generator(self.device).manual_seed(0)
         total = count = 0.0
         for batch in batches:
-            x = self.normalised(fitted(batch.x, self.config.image_size))
+            x = self.normalised(self.to_size(batch.x))
             hidden = self.mask(x, generator)
             total += float(self.masked_loss(as_views(x, hidden), hidden)) * len(batch)
             count += len(batch)
@@ -269,7 +269,7 @@ class MaskedImageModel(Method):
 
     def to_size(self, x: Tensor) -> Tensor:
         """Images of any size as the network takes them: the short side resized, the middle cut out."""
-        return fitted(x, self.config.image_size)
+        return _fitted(x, self.config.image_size)
 
 
 class MAE(MaskedImageModel):
@@ -344,7 +344,7 @@ def as_views(x: Tensor, hidden: Tensor) -> Tensor:
     return x if views == 1 else x.repeat(views, *(1,) * (x.ndim - 1))
 
 
-def fitted(x: Tensor, size: int) -> Tensor:
+def _fitted(x: Tensor, size: int) -> Tensor:
     """Images of any size to `size` x `size`: the short side resized, the middle cut out."""
     height, width = x.shape[-2:]
     if (height, width) == (size, size):

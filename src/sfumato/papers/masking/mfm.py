@@ -38,7 +38,7 @@ from sfumato.masks import frequency_disc, random_frequency_mask
 from sfumato.method import Batch, Context, Loss
 from sfumato.nn import ConvEncoder, MaskedDecoder, MaskedViTEncoder, PixelShuffleHead, reflect_pad, unpatchify
 from sfumato.optim import cosine_warmup
-from sfumato.papers.masking.mae import SMALL_ENCODER, MaskedConfig, MaskedImageModel, fitted
+from sfumato.papers.masking.mae import SMALL_ENCODER, MaskedConfig, MaskedImageModel
 from sfumato.physics import apply_frequency_mask, gaussian_or_poisson_noise, random_blur_kernels
 
 
@@ -198,7 +198,7 @@ class MFM(MaskedImageModel):
         generator = torch.Generator(self.device).manual_seed(0)
         total = count = 0.0
         for batch in batches:
-            value, weight, _ = self._loss(fitted(batch.x, self.config.image_size), generator, 1.0)
+            value, weight, _ = self._loss(self.to_size(batch.x), generator, 1.0)
             total, count = total + float(value) * float(weight), count + float(weight)
         return {"masked_loss" if self.masked else "spectrum_loss": total / count} if count else {}
 
@@ -207,7 +207,7 @@ class MFM(MaskedImageModel):
     @torch.no_grad()
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures, what the network sees of them, and what it makes of that: only what was hidden, where only that counts."""
-        picture = fitted(batch.x, self.config.image_size)
+        picture = self.to_size(batch.x)
         seen, hidden = self.corrupt(picture, generator)
         made = self.reconstruct(seen) * self.std + self.mean
         if self.masked and hidden is not None:
