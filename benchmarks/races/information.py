@@ -139,8 +139,8 @@ def bins_numpy(count: int, units: int) -> Run:
 
 @race(
     "Mutual information with bins",
-    "The bins of a row are digits of one whole number, so that telling rows apart is sorting numbers; numpy sorts rows as they are, "
-    "and a loop over pairs compares each with all others.",
+    "The bins of a row are digits of one whole number, so that telling rows apart is sorting numbers; numpy sorts rows as they "
+    "are, and a loop over pairs compares each with all others.",
 )
 def information_bins(quick: bool) -> Iterator[Heat]:
     """I(X;T) and I(Y;T) of a layer with given bins."""
