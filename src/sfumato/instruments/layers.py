@@ -27,7 +27,7 @@ from sfumato.instruments.followed import spread_evenly
 from sfumato.instruments.subject import Subject
 from sfumato.nn.at_rest import eval_mode, exact_arithmetic
 
-MOST = 12
+MOST = 16
 """Layers that are looked at where none are named, the output besides."""
 
 
