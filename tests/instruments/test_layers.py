@@ -50,6 +50,14 @@ def test_deep_models_are_looked_at_block_by_block():
     assert (len(found), found[0], found[-2:]) == (MOST + 1, "0 (Linear)", ["39 (Linear)", "output"])
 
 
+def test_blocks_that_end_with_an_activation_in_place_stay():
+    blocks = [
+        nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(inplace=True), nn.Linear(3, 3), nn.ReLU(inplace=True))
+        for _ in range(10)
+    ]
+    assert titles(nn.Sequential(*blocks, nn.Linear(3, 2))) == [*(f"{i} (Sequential)" for i in range(10)), "output"]
+
+
 def test_names_that_are_no_layers():
     net = nn.Sequential(block(3), nn.Linear(3, 2))
     with pytest.raises(BadSetting, match=r"there is no layer '0.2'; did you mean 0.1 or 0.0"):

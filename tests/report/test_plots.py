@@ -117,6 +117,16 @@ def test_logarithmic_axes_where_values_allow():
     assert drawn(curves({"a": ([0, 1], [-1, 1])}, logx=True, logy=True)).axes[0].get_yscale() == "linear"
 
 
+def test_axes_may_begin_at_zero():
+    line = {"a": ([3, 4], [5.0, 6.0])}
+    ax = drawn(curves(line, zero="xy")).axes[0]
+    assert (ax.get_xlim()[0], ax.get_ylim()[0]) == (0, 0)
+    ax = drawn(curves(line, zero="y")).axes[0]
+    assert ax.get_xlim()[0] > 2
+    assert ax.get_ylim()[0] == 0
+    assert drawn(curves(line)).axes[0].get_ylim()[0] > 4
+
+
 def test_the_area_of_a_histogram_is_one():
     from scipy.integrate import trapezoid
 

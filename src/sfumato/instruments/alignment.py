@@ -59,7 +59,7 @@ class Settings(Setup):
     """What the alignment probe can be told."""
 
     kernels: Literal["all", "tangent", "features"] = Field("all", description="which kernels; tangent costs most")
-    layers: str | None = Field(None, description="names of layers, with commas between them; None: at most 12 of the model's")
+    layers: str | None = Field(None, description="names of layers, with commas between them; None: at most 16 of the model's")
     checkpoints: int | None = Field(None, ge=0, description="kept checkpoints of a run to follow; None: those that fit the time")
 
 
@@ -371,7 +371,7 @@ def _over_steps(checkpoints: Sequence[Mapping[str, Any]]) -> Section:
 def _words(numbers: Mapping[str, Any], lead: str, steps: Sequence[int]) -> str:
     """Whether it points at the targets, and whether it moved."""
     one = numbers["kernels"][lead]
-    words = [f"The {lead if lead == TANGENT else f'features of {lead}'} point{'s' * (lead == TANGENT)} along the targets"]
+    words = [f"The {lead if lead == TANGENT else f'values of {lead}'} point{'s' * (lead == TANGENT)} along the targets"]
     words[0] += f" with {one['alignment']:.2f} (shuffled targets: {one['shuffled']:.2f})."
     if not steps:
         return words[0] + " Whether it moved there, only a run with several checkpoints can tell."

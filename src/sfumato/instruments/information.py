@@ -55,7 +55,7 @@ LOST = 0.1
 class Settings(Setup):
     """What the information probe can be told."""
 
-    layers: str | None = Field(None, description="names of layers, with commas between them; None: at most 12 of the model's")
+    layers: str | None = Field(None, description="names of layers, with commas between them; None: at most 16 of the model's")
     checkpoints: int | None = Field(None, ge=0, description="kept checkpoints of a run to follow; None: those that fit the time")
     bins: int = Field(30, gt=0, description="adaptive bins of a layer")
     noise: float | None = Field(

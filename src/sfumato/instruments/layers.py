@@ -27,7 +27,7 @@ from sfumato.instruments.followed import spread_evenly
 from sfumato.instruments.subject import Subject
 from sfumato.nn.at_rest import eval_mode, exact_arithmetic
 
-MOST = 12
+MOST = 16
 """Layers that are looked at where none are named, the output besides."""
 
 
@@ -153,10 +153,10 @@ def _named(name: str, subject: Subject, calls: list[_Call]) -> _Call:
 def _chosen(calls: list[_Call]) -> list[_Call]:
     """Without what only feeds an activation or a batch normalisation, what changes nothing, and what is called again."""
     often = Counter(c.name for c in calls)
-    acting = [c for c in calls if _acts(c.module) or isinstance(c.module, _BatchNorm)]
+    acting = [(i, c.given) for i, c in enumerate(calls) if _acts(c.module) or isinstance(c.module, _BatchNorm)]
     kept = []
-    for c in calls:
-        feeds = any(c.gave is a.given for a in acting if a is not c)
+    for place, c in enumerate(calls):
+        feeds = any(c.gave is given for i, given in acting if i > place)  # one that works in place gives back what it was given
         bare = not _acts(c.module) and next(c.module.parameters(), None) is None
         same = bare and isinstance(c.given, Tensor) and _equal(c.given, c.gave)
         if often[c.name] == 1 and not feeds and not same:
