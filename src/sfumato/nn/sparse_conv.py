@@ -58,8 +58,8 @@ def masked_batch_norm(
 ) -> Tensor:
     """Batch normalisation over visible positions.
 
-    On a CPU they are gathered for torch's own kernel; elsewhere, and with `sync`, moments are weighted by the mask: a device need
-    not be waited for. Equal but for rounding.
+    On a CPU they are gathered for torch's own kernel; elsewhere, and with `sync`, moments are weighted by the mask, which never
+    waits for the device. Equal but for rounding.
 
     Args:
         x: `[B, C, h, w]`; hidden positions are not looked at.
@@ -269,24 +269,28 @@ class _SparseLayer(nn.Module):
     holes: Holes | None = None
     dense: type[nn.Module]
 
+    def _dense(self, x: Tensor) -> Tensor:
+        """What the layer's own class computes."""
+        y: Tensor = self.dense.forward(self, x)
+        return y
+
     def _whole(self, x: Tensor, holes: Holes) -> Tensor:
         """The dense layer on the whole map, for packed tiles."""
-        y: Tensor = super().forward(holes.unpack(x))
-        return holes.pack(y)
+        return holes.pack(self._dense(holes.unpack(x)))
 
 
 class _Conv(_SparseLayer):
     def forward(self, x: Tensor) -> Tensor:
-        holes, layer = self.holes, super()
+        holes = self.holes
         if holes is None or holes.pooled(x):
-            return layer.forward(x)  # type: ignore[no-any-return]
+            return self._dense(x)
         if not holes.packed:
-            return holes.blank(layer.forward(x), inplace=True)
+            return holes.blank(self._dense(x), inplace=True)
         if not self._fits(x):
             return self._whole(x, holes)
         m: Any = self
         if not any(m.padding):
-            return layer.forward(x)  # type: ignore[no-any-return]
+            return self._dense(x)
         return F.conv2d(holes.with_rim(x, m.padding), m.weight, m.bias, m.stride, 0, m.dilation, m.groups)
 
     def _fits(self, x: Tensor) -> bool:
@@ -301,11 +305,11 @@ class _Conv(_SparseLayer):
 
 class _MaxPool(_SparseLayer):
     def forward(self, x: Tensor) -> Tensor:
-        holes, layer, m = self.holes, super(), self._settings()
+        holes, m = self.holes, self._settings()
         if holes is None or holes.pooled(x):
-            return layer.forward(x)  # type: ignore[no-any-return]
+            return self._dense(x)
         if not holes.packed:
-            return holes.blank(layer.forward(x), inplace=True)
+            return holes.blank(self._dense(x), inplace=True)
         if m is None or not _windows_fit(x, **m):
             return self._whole(x, holes)
         rim = holes.with_rim(x, m["padding"], beyond=-torch.inf)
@@ -321,14 +325,14 @@ class _MaxPool(_SparseLayer):
 
 class _AvgPool(_SparseLayer):
     def forward(self, x: Tensor) -> Tensor:
-        holes, layer, m = self.holes, super(), self
+        holes, m = self.holes, self
         if holes is None or holes.pooled(x):
-            return layer.forward(x)  # type: ignore[no-any-return]
+            return self._dense(x)
         if not holes.packed:
-            return holes.blank(layer.forward(x), inplace=True)
+            return holes.blank(self._dense(x), inplace=True)
         kernel, stride, padding = (_pair(getattr(m, name)) for name in ("kernel_size", "stride", "padding"))
         apart = m.dense is nn.AvgPool2d and kernel == stride and not any(padding) and _windows_fit(x, kernel, stride, padding)
-        return layer.forward(x) if apart else self._whole(x, holes)  # type: ignore[no-any-return]
+        return self._dense(x) if apart else self._whole(x, holes)
 
 
 class _BatchNorm(_SparseLayer):
@@ -336,7 +340,7 @@ class _BatchNorm(_SparseLayer):
         holes, sync, m = self.holes, self._sync(), self
         whole = holes is None or holes.packed or holes.pooled(x)
         if whole and sync is None:
-            return super().forward(x)  # type: ignore[no-any-return]
+            return self._dense(x)
         y = self._normalise(x, None if whole or holes is None else holes.at(*x.shape[2:]), sync)
         for name in ("drop", "act"):  # of timm's norms with an activation
             y = getattr(m, name)(y) if hasattr(m, name) else y
@@ -349,9 +353,10 @@ class _BatchNorm(_SparseLayer):
             m.num_batches_tracked.add_(1)
             if m.momentum is None:
                 momentum = 1.0 / float(m.num_batches_tracked)
-        statistics = (m.running_mean, m.running_var) if kept else (None, None)
-        options: dict[str, Any] = {"training": m.training, "momentum": momentum, "eps": m.eps, "sync": sync}
-        return masked_batch_norm(x, hidden, *statistics, m.weight, m.bias, **options)
+        mean, var = (m.running_mean, m.running_var) if kept else (None, None)
+        return masked_batch_norm(
+            x, hidden, mean, var, m.weight, m.bias, training=m.training, momentum=momentum, eps=m.eps, sync=sync
+        )
 
     def _sync(self) -> Callable[[Tensor], Tensor] | None:
         """The sum over processes, for a SyncBatchNorm that trains in several."""
@@ -367,7 +372,7 @@ class _BatchNorm(_SparseLayer):
 
 class _LayerNorm(_SparseLayer):
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)
+        y = self._dense(x)
         channels_first = "2d" in self.dense.__name__  # timm's and torchvision's LayerNorm2d
         if self.holes is None or self.holes.packed or x.ndim != 4 or (channels_first and self.holes.pooled(x)):
             return y
@@ -376,7 +381,7 @@ class _LayerNorm(_SparseLayer):
 
 class _Linear(_SparseLayer):
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = super().forward(x)
+        y = self._dense(x)
         if self.holes is None or self.holes.packed or x.ndim != 4:
             return y
         return self.holes.blank(y, channels_last=True, inplace=True)
@@ -386,12 +391,12 @@ class _Squeeze(_SparseLayer):
     """Squeeze and excitation, x · g(mean x): a mean over visible positions is the whole mean of a larger x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        holes, layer = self.holes, super()
+        holes = self.holes
         if holes is None:
-            return layer.forward(x)  # type: ignore[no-any-return]
+            return self._dense(x)
         whole = holes.unpack(x) if holes.packed else x
         larger = 1 / (~holes.hidden).to(x.dtype).mean((1, 2)).clamp(min=1e-8).view(-1, 1, 1, 1)
-        y: Tensor = layer.forward(holes.blank(whole) * larger) / larger
+        y = self._dense(holes.blank(whole) * larger) / larger
         return holes.pack(y) if holes.packed else y
 
 
@@ -399,11 +404,11 @@ class _ResponseNorm(_SparseLayer):
     """A norm over all positions, to which zeros add nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
-        holes, layer, m = self.holes, super(), self
+        holes, m = self.holes, self
         if holes is None or not holes.packed:
-            return layer.forward(x)  # type: ignore[no-any-return]
+            return self._dense(x)
         last = m.channel_dim == -1
-        y: Tensor = layer.forward(holes.unpack(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if last else holes.unpack(x))
+        y = self._dense(holes.unpack(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if last else holes.unpack(x))
         return holes.pack(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if last else holes.pack(y)
 
 
@@ -411,10 +416,10 @@ class _DropPath(_SparseLayer):
     """Stochastic depth: all tiles of a picture share its draw."""
 
     def forward(self, x: Tensor) -> Tensor:
-        holes, layer = self.holes, super()
+        holes = self.holes
         if holes is None or not holes.packed or not self.training:
-            return layer.forward(x)  # type: ignore[no-any-return]
-        kept: Tensor = layer.forward(x.new_ones(len(holes.hidden), 1, 1, 1))
+            return self._dense(x)
+        kept = self._dense(x.new_ones(len(holes.hidden), 1, 1, 1))
         return x * kept.index_select(0, holes.owners)
 
 
@@ -449,11 +454,15 @@ def _windows_fit(
     )
 
 
-@functools.cache
+_MADE: dict[Any, type[nn.Module]] = {}
+
+
 def _sparse_class(layer: type[nn.Module]) -> type[nn.Module] | None:
     """The sparse form of a class of layers; None: it needs none."""
     kind = NAMED.get(layer.__name__) or next((sparse for dense, sparse in SPARSE if issubclass(layer, dense)), None)
-    return None if kind is None else type(f"Sparse{layer.__name__}", (kind, layer), {"dense": layer, "__doc__": kind.__doc__})
+    if kind is not None and layer not in _MADE:
+        _MADE[layer] = type(f"Sparse{layer.__name__}", (kind, layer), {"dense": layer, "__doc__": kind.__doc__})
+    return None if kind is None else _MADE[layer]
 
 
 # ---- networks

@@ -186,8 +186,8 @@ class SparK(MaskedImageModel):
         cells = self.encoder.grid[0] * self.encoder.grid[1]
         if count_hidden(cells, c.mask_ratio, rule="keep_round") == cells:
             raise BadSetting(
-                f"mask_ratio={c.mask_ratio} hides all {cells} cells of {self.encoder.patch} pixels: make image_size larger than "
-                f"{c.image_size}"
+                f"mask_ratio={c.mask_ratio} hides all {cells} cells of {self.encoder.patch} pixels: "
+                f"make image_size larger than {c.image_size}"
             )
         self.decoder = LightUNetDecoder(self.encoder.patch, c.decoder_width, self.channels)
         norm, coarse_first = self._norm(), reversed(self.encoder.widths)
