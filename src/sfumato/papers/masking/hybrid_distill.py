@@ -435,7 +435,7 @@ class _Supervised(MaskedImageModel):
     seeds=range(100, 105),
     note="Students see no labels. Probe: logistic regression on averaged patch tokens. NMI: of query and key, in the relation "
     "layers where the MAE teacher's is at least 1.5 times the supervised teacher's. That teacher learns at a quarter of the "
-    "others' rate (5e-4): at the same rate its attention is as varied as the MAE's.",
+    "others' rate (5e-4): at the same rate its attention is about as varied as the MAE's.",
 )
 def two_teachers(lab: Lab) -> Figures:
     """Digits 8 x 8, 2-pixel patches; teachers of 300 (labels) and 600 steps (MAE), students of 300, alike but for the weights."""
