@@ -70,8 +70,8 @@ class FeatureReader:
         finally:
             if handle is not None:
                 handle.remove()
-        places = [part.places for part in parts if part.places is not None]
-        return Features(torch.cat([part.whole for part in parts]), torch.cat(places) if places else None)
+        found = [part.places for part in parts if part.places is not None]
+        return Features(torch.cat([part.whole for part in parts]), torch.cat(found) if found else None)
 
     def _one(self, x: Tensor, seen: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         owner = self.owner

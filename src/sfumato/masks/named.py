@@ -19,6 +19,7 @@ True
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def named_mask(
         if name == "frequency":
             raise BadSetting("a frequency mask hides parts of the spectrum, not tokens: `random_frequency_mask`, `train mfm`")
         raise BadSetting(f"there is no mask {name!r}; did you mean {' or '.join(nearest(name, NAMED_MASKS) or NAMED_MASKS)}?")
-    where = {"device": device, "generator": generator}
+    where: dict[str, Any] = {"device": device, "generator": generator}
     if name in SCORED:
         length = math.prod(grid_shape(grid))
         if scores is None or tuple(scores.shape) != (batch, length):
