@@ -196,7 +196,7 @@ def _network(model: str, channels: int, settings: dict[str, Any], drop_path: flo
         raise BadSetting(
             f"there is no model {model!r}; did you mean {', '.join(nearest(model, (OWN, *timm.list_models())) or [OWN])}?"
         )
-    depth = {"drop_path_rate": drop_path} if drop_path else {}
+    depth: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     try:
         net: Any = timm.create_model(model, features_only=True, feature_cls="getter", in_chans=channels, **depth, **settings)
     except (AttributeError, AssertionError, RuntimeError, TypeError) as error:
