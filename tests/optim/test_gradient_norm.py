@@ -159,6 +159,13 @@ def test_output_only_parameters_feel_the_penalty_alone():
     torch.testing.assert_close(s.grad, torch.tensor([1.0]), rtol=1e-5, atol=1e-5)
 
 
+def test_closures_without_backward_are_told():
+    net = nn.Linear(2, 1)
+    optimizer = SurrogateSharpness(torch.optim.SGD(net.parameters(), 0.1))
+    with pytest.raises(BadSetting, match="must call backward"):
+        optimizer.step(lambda: net(torch.ones(1, 2)).sum())
+
+
 def test_refusals():
     base = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
     for bad in ({"rho": -1.0}, {"r": 0.0}, {"lam_lr": -0.1}):

@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 
 from sfumato.errors import BadData, BadSetting
 from sfumato.nn.flat import unflatten_params
+from sfumato.optim.foreign_state import refuse_foreign_state
 
 __all__ = ["AdaHessian", "spatial_average"]
 
@@ -168,6 +169,15 @@ class AdaHessian(Optimizer):
             with_grad = [p for p in group["params"] if p.requires_grad and p.grad is not None]
             self._update(group, [p for p in with_grad if due or self.state[p]["hessian_step"]], curvature)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a saved optimizer stood.
+
+        Raises:
+            BadCheckpoint: it is one of other parameters.
+        """
+        refuse_foreign_state(self, state_dict)
+        super().load_state_dict(state_dict)
 
     def _signs(self, params: list[Tensor], draw: int) -> list[Tensor]:
         first = params[0]

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sfumato.errors import BadSetting
+from sfumato.optim.foreign_state import refuse_foreign_state
 
 
 @torch.no_grad()
@@ -135,6 +136,8 @@ class SurrogateSharpness(Optimizer):
         held = {p: p.grad.clone() for p in params if p.grad is not None}
         self.norm, penalty = gradient_norm_penalty(output or loss, params, self.r)
         moved = [p for p in params if p in held or p.grad is not None]
+        if not moved:
+            raise BadSetting("the closures given to SurrogateSharpness.step must call backward(): there is no gradient")
         slopes = dict(zip(params, penalty))
         total = [held.get(p, torch.zeros_like(p)) for p in moved]
         torch._foreach_add_(total, torch._foreach_mul([slopes[p] for p in moved], self.lam * self.rho))
@@ -149,6 +152,15 @@ class SurrogateSharpness(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{k: v for k, v in vars(self).items() if k not in ("state", "param_groups")}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a saved optimizer stood.
+
+        Raises:
+            BadCheckpoint: it is one of other parameters.
+        """
+        refuse_foreign_state(self, state_dict)
+        super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = [group["lam"] for group in vars(self).get("param_groups", [])[:1]]

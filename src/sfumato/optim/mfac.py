@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sfumato.errors import BadData, BadSetting, Diverged
+from sfumato.errors import BadCheckpoint, BadData, BadSetting, Diverged
 from sfumato.nn.flat import unflatten_params
+from sfumato.optim.foreign_state import refuse_foreign_state
 from sfumato.optim.inverse_fisher import SlidingInverseFisher
 
 __all__ = ["MFAC"]
@@ -206,12 +207,21 @@ class MFAC(Optimizer):
         """Go on where a saved optimizer stood, with its settings and its window.
 
         The window's types are its own: torch would cast them to those of the parameters.
+
+        Raises:
+            BadCheckpoint: it is one of other parameters.
         """
+        refuse_foreign_state(self, state_dict)
         saved = state_dict["state"]
-        light = {i: {k: v for k, v in state.items() if k not in WINDOW} for i, state in saved.items()}
-        super().load_state_dict({**state_dict, "state": light})
         numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(numbers, params, strict=True):
+            state = saved.get(i, {})
+            start, end = state.get("span", (0, 0))
+            if "span" in state and end - start != int((~state["removed"]).sum() if "removed" in state else p.numel()):
+                raise BadCheckpoint(f"the saved window is of other parameters: {end - start} columns for one of {list(p.shape)}")
+        light = {i: {k: v for k, v in state.items() if k not in WINDOW} for i, state in saved.items()}
+        super().load_state_dict({**state_dict, "state": light})
         for i, p in zip(numbers, params, strict=True):
             for key in WINDOW:
                 if key in saved.get(i, {}):

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sfumato.errors import BadSetting
+from sfumato.optim.foreign_state import refuse_foreign_state
 
 __all__ = ["PerpGrad", "project_out_weights_"]
 
@@ -120,6 +121,15 @@ class PerpGrad(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "base": self.base}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a saved optimizer stood.
+
+        Raises:
+            BadCheckpoint: it is one of other parameters.
+        """
+        refuse_foreign_state(self, state_dict)
+        super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
