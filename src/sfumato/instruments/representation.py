@@ -238,11 +238,12 @@ def _neighbours(x: Tensor, features: Tensor) -> Section | None:
     shown = ((x - low) / ((high - low) or 1.0)).float()
     z = F.normalize(features - features.mean(0), dim=1)
     near = (z[:SHOWN] @ z.T).topk(min(NEIGHBOURS + 1, len(z)), 1).indices
-    blocks = [
-        Pictures({("picture" if i == 0 else f"{i}."): shown[j] for i, j in enumerate(row)})
-        for row in ([k, *(j for j in found if j != k)][: NEIGHBOURS + 1] for k, found in enumerate(near.tolist()))
-    ]
-    return Section("Nearest pictures", "By the cosine of the features, their mean taken out.", blocks)
+    rows = [torch.tensor([k, *(j for j in found if j != k)][: near.shape[1]]) for k, found in enumerate(near.tolist())]
+    gap = max(1, x.shape[-1] // 16)
+    framed = F.pad(shown[torch.stack(rows)], (gap, gap, gap, gap), value=1.0)  # [rows, columns, C, H, W]
+    sheet = framed.permute(2, 0, 3, 1, 4).reshape(x.shape[1], len(rows) * framed.shape[-2], -1)
+    text = "On the left a picture, then those that the features hold nearest, by their cosine with the mean taken out."
+    return Section("Nearest pictures", text, [Pictures({f"{len(rows)} pictures": sheet})])
 
 
 def _words(found: Mapping[str, Any]) -> str:
