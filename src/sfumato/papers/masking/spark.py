@@ -356,7 +356,8 @@ def _masked(net: nn.Module, x: Tensor, hidden: Tensor) -> Tensor:
     "Sparse layers teach a convnet a better representation than zeros in the holes of a dense one",
     Better("linear probe", "sparse", over="dense"),
     seeds=range(100, 105),
-    note="All arms start from the same weights; batch statistics are re-estimated on whole pictures before they are read.",
+    note="Same weights at the start; batch statistics re-estimated on whole pictures. Expected within noise at this scale: "
+    "development seeds gave a difference of -0.000 with an interval of 0.015 to both sides.",
 )
 def sparse_against_dense(lab: Lab) -> Figures:
     """Digits at 32 pixels, 8-pixel patches, 10 of 16 hidden, 300 steps; then logistic regression on the pooled last map."""
