@@ -61,7 +61,13 @@ def mask_token_singularity(layers: Sequence[Tensor], mask: Tensor, *, decay: flo
 
 
 def recalibrate_attention(
-    logits: Tensor, mask: Tensor, *, keep: float = 0.5, at_random: bool = False, generator: torch.Generator | None = None
+    logits: Tensor,
+    mask: Tensor,
+    *,
+    keep: float = 0.5,
+    count: int | None = None,
+    at_random: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """A bias that lets visible queries see only those hidden keys that they weigh most; hidden queries see all.
 
@@ -69,13 +75,14 @@ def recalibrate_attention(
         logits: `[B, heads, N, N]`, scores before the softmax.
         mask: `[B, N]` bool, True = hidden, equally many in each row.
         keep: ρ, the share of the hidden keys that a visible query keeps (rounded up), 0 to 1.
+        count: hidden tokens of a row, for a caller who has counted them; None: counted here, which waits for the device.
         at_random: keep as many, drawn uniformly: the control that tells selection from dropout.
         generator: for `at_random`; None: the default one.
 
     Returns:
         `[B, heads, N, N]`, 0 or -inf, to be added to the scores (or `attn_mask` of `scaled_dot_product_attention`). No gradient.
     """
-    kept = math.ceil(keep * int(mask[0].sum()))
+    kept = math.ceil(keep * (int(mask[0].sum()) if count is None else count))
     scores = torch.rand(logits.shape, device=logits.device, generator=generator) if at_random else logits.detach()
     keys = mask[:, None, None].expand_as(logits)
     best = scores.masked_fill(~keys, -torch.inf).topk(kept, -1, sorted=False).indices
@@ -157,10 +164,10 @@ class MTO(MaskedImageModel):
         return _Pass(last, [z, *early, *late], maps, everywhere)
 
     def _recalibration(self, hidden: Tensor) -> Any:
-        c = self.config
+        c, count = self.config, int(hidden[0].sum())  # once a step, for all blocks
 
         def change(_number: int, scores: Tensor) -> Tensor:
-            return scores + recalibrate_attention(scores, hidden, keep=c.keep, at_random=c.exclusion == "random")
+            return scores + recalibrate_attention(scores, hidden, keep=c.keep, count=count, at_random=c.exclusion == "random")
 
         return change
 
