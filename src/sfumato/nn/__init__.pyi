@@ -15,6 +15,7 @@ from .flat import unflatten_params as unflatten_params
 from .gradient_histograms import hog as hog
 from .gradient_histograms import hog_image as hog_image
 from .gradient_histograms import hog_tokens as hog_tokens
+from .holes import Holes as Holes
 from .latent_codec import DiffusersVAE as DiffusersVAE
 from .latent_codec import IdentityCodec as IdentityCodec
 from .latent_codec import LatentCodec as LatentCodec
@@ -25,6 +26,8 @@ from .linear_models import linearise as linearise
 from .linear_models import scale_output as scale_output
 from .masked_convnet import ConvStages as ConvStages
 from .masked_convnet import MaskedConvEncoder as MaskedConvEncoder
+from .masked_norms import masked_batch_norm as masked_batch_norm
+from .masked_norms import masked_layer_norm as masked_layer_norm
 from .masked_vit import EncoderOutput as EncoderOutput
 from .masked_vit import MaskedDecoder as MaskedDecoder
 from .masked_vit import MaskedViTEncoder as MaskedViTEncoder
@@ -48,10 +51,7 @@ from .projection_heads import ProjectionHead as ProjectionHead
 from .projection_heads import ReweightingHead as ReweightingHead
 from .projection_heads import SymmetricReLU as SymmetricReLU
 from .psd_sqrt import psd_power as psd_power
-from .sparse_conv import Holes as Holes
 from .sparse_conv import densify as densify
-from .sparse_conv import masked_batch_norm as masked_batch_norm
-from .sparse_conv import masked_layer_norm as masked_layer_norm
 from .sparse_conv import set_hidden as set_hidden
 from .sparse_conv import sparsify as sparsify
 from .sparse_conv import visible_forward as visible_forward
