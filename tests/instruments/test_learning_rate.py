@@ -11,7 +11,7 @@ from torch import nn
 import sfumato
 from sfumato.errors import BadData, BadSetting, Interrupted
 from sfumato.instruments import Probe
-from sfumato.instruments.learning_rate import _power, _sgd
+from sfumato.instruments.rate_findings import power_of, sgd_limit
 from sfumato.method import Loss, Method, MethodConfig
 from sfumato.optim import lr_for_batch
 from sfumato.probes import effective_batch, per_sample_grads, spiked_wigner
@@ -117,7 +117,7 @@ def test_a_tuned_rate_is_moved():
         assert row["sgd_linear"] == pytest.approx(0.01 * batch / 32)
         assert row["adam_root"] == pytest.approx(0.01 * math.sqrt(batch / 32))
         assert row["sgd"] == pytest.approx(lr_for_batch(0.01, 32, batch, lam1=top, v0=risen / 32))
-        assert row["limit"] == pytest.approx(_sgd(batch, numbers["ceiling"], top, risen))
+        assert row["limit"] == pytest.approx(sgd_limit(batch, numbers["ceiling"], top, risen))
     scale = numbers["gradient_noise"]["scale"]
     assert moved[4]["adam"] == pytest.approx(0.01 * math.sqrt((1 + scale / 32) / (1 + scale / 4)))
     assert any("From 0.01 at a batch of 32" in (section.text or "") for section in found.sections)
@@ -140,9 +140,9 @@ def test_the_page_tells_how_the_theory_came_out(tmp_path):
 
 
 def test_powers():
-    assert _power([1, 2, 4], [3.0, 6.0, 12.0]) == pytest.approx(1)
-    assert _power([1, 4], [3.0, 6.0]) == pytest.approx(0.5)
-    assert math.isnan(_power([1], [3.0]))
+    assert power_of([1, 2, 4], [3.0, 6.0, 12.0]) == pytest.approx(1)
+    assert power_of([1, 4], [3.0, 6.0]) == pytest.approx(0.5)
+    assert math.isnan(power_of([1], [3.0]))
 
 
 def test_a_methods_own_loss_is_drawn_in_batches_too():

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,18 +28,17 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
-from sfumato import catalogue
 from sfumato.errors import BadData, BadSetting, Diverged, Interrupted
-from sfumato.instruments.findings import Findings, Plan, Plot, Section, Table
+from sfumato.instruments.findings import Findings, Plan
 from sfumato.instruments.followed import spread_evenly
 from sfumato.instruments.gradient import loss_and_gradient
 from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.own_loss import OwnLoss
 from sfumato.instruments.progress import Progress
+from sfumato.instruments.rate_findings import laws, rate_findings
 from sfumato.instruments.subject import Subject
 from sfumato.instruments.timing import samples_that_fit, seconds_a_sample, seconds_of, told_cut
 from sfumato.nn.at_rest import eval_mode, exact_arithmetic
-from sfumato.optim.lr_scaling import lr_for_batch
 from sfumato.probes.batch_spectrum import deviation_along, effective_batch, max_stable_lr
 from sfumato.probes.krylov import lanczos
 from sfumato.probes.operators import HessianOperator
@@ -57,8 +56,6 @@ RUNS = 7
 """Trainings that a search takes at most."""
 LEARNS, HOLDS = 0.9, 1.1
 """Share of the first loss below which a trial must end: where the loss can still fall, and at a minimum."""
-REACHES = {4**k for k in range(7)}
-"""Batch sizes that rates are moved to."""
 
 
 class Settings(Setup):
@@ -170,14 +167,14 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
             progress.stage(f"batches of {size}")
             numbers["batches"].append(_batches(samples, whole, size, draws, noise))
             numbers["gradient_noise"] = _gradient_noise(torch.stack(noise), whole.gradient, subject.count)
-        numbers |= _laws(numbers, settings)
+        numbers |= laws(numbers, settings)
         if chosen["trials for batches of"]:
             numbers["trials"] = {"steps": chosen["steps of a trial"], "sgd": [], "adam": []}
             late = _trials(subject, settings, plan, numbers, progress, generator) or late
     if "largest" not in numbers:
         raise Interrupted("stopped before anything was measured: the Hessian on all samples was not finished")
-    numbers |= _laws(numbers, settings)
-    findings = _findings(subject, settings, numbers)
+    numbers |= laws(numbers, settings)
+    findings = rate_findings(subject, settings, numbers)
     if late:
         findings.notes.append("it went slower than expected: less was measured than planned, to keep to the time")
     return findings
@@ -282,45 +279,6 @@ def _gradient_noise(values: Tensor, gradient: Tensor, count: int) -> dict[str, f
     return {"trace": trace, "stderr": spread, "gradient_squared": square, "scale": trace / square if square > 0 else math.inf}
 
 
-def _laws(numbers: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """What follows from the spectrum: the noise by both ways, the curves, and the powers of the batch."""
-    top, rows = numbers["largest"]["value"], numbers["batches"]
-    if top <= 0 or not rows:
-        return {}
-    ceiling = 2 * (1 + settings.momentum) / top
-    random = sum(row["noise"]["value"] * row["effective"] for row in rows) / len(rows)
-    rises = sorted(max(0.0, top * (row["largest"]["value"] - top)) * row["effective"] for row in rows)
-    risen = (rises[len(rises) // 2] + rises[(len(rises) - 1) // 2]) / 2  # the median: small batches follow no law
-    for row in rows:
-        row["sgd"] = 2 * (1 + settings.momentum) / row["largest"]["value"]
-        row["theory"] = _sgd(row["effective"], ceiling, top, random)
-    sizes = [row["effective"] for row in rows]
-    power = {"sgd, by curvature": _power(sizes, [row["sgd"] for row in rows])}
-    for name, found in numbers.get("trials", {}).items():
-        inside = [t for t in found if t["bound"] == ""] if isinstance(found, list) else []
-        power[f"{name}, by trials"] = _power([t["batch"] for t in inside], [t["rate"] for t in inside])
-    return {
-        "ceiling": ceiling,
-        "noise": {"along_random_directions": random, "by_the_rise": risen},
-        "explained": random / risen if risen > 0 else math.nan,
-        "turning_batch": risen / top**2,
-        "power": {name: value for name, value in power.items() if math.isfinite(value)},
-    }
-
-
-def _sgd(batch: float, ceiling: float, top: float, noise: float) -> float:
-    """2 (1 + μ) / (λ₁ + v / (B λ₁))."""
-    return ceiling / (1 + noise / (batch * top**2))
-
-
-def _power(batches: Sequence[float], rates: Sequence[float]) -> float:
-    """The power of the batch with which rates grow, by least squares of logarithms; NaN of fewer than two."""
-    if len(batches) < 2:
-        return math.nan
-    x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (batches, rates))
-    return float(((x - x.mean()) * y).sum() / (x - x.mean()).square().sum())
-
-
 # Trials
 
 
@@ -404,219 +362,6 @@ class _Trainer:
 
 def _vector(module: torch.nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
-
-
-# Figures
-
-
-def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any]) -> Findings:
-    top = numbers["largest"]["value"]
-    headline: dict[str, Any] = {"largest eigenvalue, all samples": top}
-    notes = [
-        *subject.eval_note,
-        "these are the weights as they are: curvature changes while a model trains, and often rises until 2 / λ₁ meets the rate",
-        "batches are drawn without replacement from these samples; the axis counts a batch as one of an endless data set",
-        *_record(),
-    ]
-    if "trials" in numbers:
-        notes.append(
-            "a trial can stand more than 2 / λ₁, since a step that overshoots may end where weights are flatter, and less, since "
-            "small steps too far add up"
-        )
-    if subject.norms:
-        notes.append("a training that normalises each batch by its own statistics has another curvature than is measured here")
-    if "ceiling" not in numbers:
-        why = "no batch was measured" if top > 0 else "the largest eigenvalue is not above zero"
-        return Findings(numbers, headline, f"No direction that limits the rate was found: {why}.", [], notes)
-    numbers["moved"] = _moved(settings, numbers)
-    scale = numbers["gradient_noise"]["scale"]
-    headline |= {
-        f"largest rate of SGD{_with(settings)}, all samples": numbers["ceiling"],
-        "half of it is left at a batch of": f"{max(1.0, numbers['turning_batch']):,.0f}",
-        "gradient noise scale": f"{scale:,.0f} samples" if math.isfinite(scale) else "above what can be seen",
-        "share of the rise of λ₁ that random directions explain": f"{numbers['explained']:.2g}",
-    }
-    sections = [_curves(settings, numbers), _measured(numbers), _table(settings, numbers)]
-    return Findings(numbers, headline, _words(settings, numbers), sections, notes)
-
-
-def _with(settings: Settings) -> str:
-    return f" with momentum {settings.momentum:g}" if settings.momentum else ""
-
-
-def _record() -> list[str]:
-    """How the theory came out where its claims were run."""
-    stored = catalogue.record("batch-size-scaling") or {"claims": []}
-    told = [f"“{c['statement']}”: {c['verdict']}" for c in stored["claims"] if c["name"] in ("magnitude", "laws")]
-    where = "how the theory came out in the claims of this package, on a small network (sfumato show batch-size-scaling)"
-    return [f"{where}: {'; '.join(told)}"] if told else []
-
-
-def _moved(settings: Settings, numbers: Mapping[str, Any]) -> list[dict[str, float]]:
-    """Rates at many batch sizes: the limit by curvature, and a rate moved there from the tuned batch by each rule."""
-    ceiling, top = numbers["ceiling"], numbers["largest"]["value"]
-    risen, start = numbers["noise"]["by_the_rise"], settings.tuned_batch
-    sgd = settings.tuned_lr or _sgd(start, ceiling, top, risen)
-    adam = settings.tuned_lr or _adam(numbers, start) or 1.0
-    rows = []
-    for batch in sorted(REACHES | {start}):
-        rows.append(
-            {
-                "batch": batch,
-                "limit": _sgd(batch, ceiling, top, risen),
-                "sgd": lr_for_batch(sgd, start, batch, lam1=top, v0=risen / start),
-                "sgd_linear": lr_for_batch(sgd, start, batch),
-                "adam": adam * _saturation(numbers, batch) / _saturation(numbers, start),
-                "adam_root": lr_for_batch(adam, start, batch, kind="adam"),
-            }
-        )
-    return rows
-
-
-def _saturation(numbers: Mapping[str, Any], batch: float) -> float:
-    """1 / √(1 + B_noise / B), or √B where the scale is infinite."""
-    scale = numbers["gradient_noise"]["scale"]
-    return 1 / math.sqrt(1 + scale / batch) if math.isfinite(scale) else math.sqrt(batch)
-
-
-def _adam(numbers: Mapping[str, Any], batch: float) -> float | None:
-    """Adam's law through the middle of the trials; None without trials."""
-    trials = [t for t in numbers.get("trials", {}).get("adam", []) if not t["bound"]]
-    if not trials:
-        return None
-    logs = [math.log(t["rate"] / _saturation(numbers, t["batch"])) for t in trials]
-    return math.exp(sum(logs) / len(logs)) * _saturation(numbers, batch)
-
-
-def _curves(settings: Settings, numbers: Mapping[str, Any]) -> Section:
-    """Rates over batches: measured, by the theory, and by the simple rule."""
-    rows, moved, trials = numbers["batches"], numbers["moved"], numbers.get("trials", {})
-    top, ceiling, start = numbers["largest"]["value"], numbers["ceiling"], settings.tuned_batch
-    grid = [2 ** (k / 2) for k in range(25)]
-    anchor = _sgd(start, ceiling, top, numbers["noise"]["by_the_rise"])
-    sgd: dict[str, Any] = {
-        "curvature of batches": ([r["effective"] for r in rows], [r["sgd"] for r in rows]),
-        "formula, noise from the rise": (grid, [_sgd(b, ceiling, top, numbers["noise"]["by_the_rise"]) for b in grid]),
-        "theory, random directions": (grid, [_sgd(b, ceiling, top, numbers["noise"]["along_random_directions"]) for b in grid]),
-        "linear rule": (grid, [lr_for_batch(anchor, start, b) for b in grid if b]),  # type: ignore[arg-type]
-    }
-    adam: dict[str, Any] = {
-        "root rule": ([m["batch"] for m in moved], [m["adam_root"] for m in moved]),
-    }
-    if math.isfinite(numbers["gradient_noise"]["scale"]):
-        adam = {"root until the noise scale": ([m["batch"] for m in moved], [m["adam"] for m in moved]), **adam}
-    for name, lines in (("sgd", sgd), ("adam", adam)):
-        if trials.get(name):
-            lines["trials"] = ([t["batch"] for t in trials[name]], [t["rate"] for t in trials[name]])
-    relative = settings.tuned_lr is None and not any(not t["bound"] for t in trials.get("adam", []))
-    axes = {"xlabel": "batch size", "logx": True, "logy": True, "height": 320}
-    plots = [
-        Plot("curves", sgd, {**axes, "ylabel": f"largest learning rate of SGD{_with(settings)}"}),
-        Plot("curves", adam, {**axes, "ylabel": f"learning rate of Adam{f', times that at {start:,}' if relative else ''}"}),
-    ]
-    text = (
-        "Where the linear rule and the curve part, a larger batch no longer bears a larger rate. The theory takes noise that is "
-        "alike in all directions; where its line is flat and that of the measured batches is not, the noise sits in few "
-        "directions, and the measured curve is the one to trust."
-    )
-    return Section("Rate by batch size", text, [plots])
-
-
-def _measured(numbers: Mapping[str, Any]) -> Section:
-    trials = numbers.get("trials", {})
-    rows = []
-    for row in numbers["batches"]:
-        told = {
-            "batch": row["batch"], "batches": row["draws"],
-            "λ₁": f"{row['largest']['value']:.3g} ± {float(format(row['largest']['stderr'], '.1g')):g}",
-            "SGD, by curvature": row["sgd"], "SGD, theory": row["theory"],
-        }  # fmt: skip
-        for name, title in (("sgd", "SGD, trials"), ("adam", "Adam, trials")):
-            if trials.get(name):
-                found = next((t for t in trials[name] if t["batch"] == row["batch"]), None)
-                told[title] = f"{found['bound']} {found['rate']:.3g}".strip() if found else "–"
-        rows.append(told)
-    text = (
-        f"λ₁ is the largest eigenvalue of a batch's Hessian, the mean over batches ± its standard error; on all samples it is "
-        f"{numbers['largest']['value']:.3g}. SGD is then stable up to 2 (1 + momentum) / λ₁."
-    )
-    if "share" in trials:
-        text += (
-            f" Trials: {trials['steps']} steps from these weights, in eval mode; a rate is stable where the loss on all samples "
-            f"then is below {trials['share']:g} times the first, {trials['first']:.4g}."
-        )
-    return Section("What was measured", text, [Table(rows)])
-
-
-def _table(settings: Settings, numbers: Mapping[str, Any]) -> Section:
-    start, tuned = settings.tuned_batch, settings.tuned_lr
-    rows = [
-        {
-            "batch": f"{m['batch']:,}", "SGD, limit": m["limit"],
-            **({"SGD, moved": m["sgd"]} if tuned else {}),
-            "SGD, linear rule": m["sgd_linear"], "Adam, moved": m["adam"], "Adam, root rule": m["adam_root"],
-        }
-        for m in numbers["moved"]
-    ]  # fmt: skip
-    if tuned:
-        told = f"From {tuned:g} at a batch of {start:,}."
-    else:
-        through = "through the trials" if _adam(numbers, start) else f"as a factor to the rate at {start:,}"
-        told = (
-            f"The linear rule from the limit at a batch of {start:,}; Adam {through}. --set tuned_lr=RATE --set "
-            "tuned_batch=N moves a rate of yours."
-        )
-    text = (
-        f"{told} Moved: in proportion to the batch (SGD) or its root (Adam) while noise rules, and no longer where it does not, "
-        "by the measured curve and by the gradient noise scale. A limit is no advice: good rates are a few times smaller."
-    )
-    return Section("From batch to batch", text, [Table(rows)])
-
-
-def _words(settings: Settings, numbers: Mapping[str, Any]) -> str:
-    """The limit, where it stops growing, and what the theory is worth here."""
-    rows, turning, scale = numbers["batches"], numbers["turning_batch"], numbers["gradient_noise"]["scale"]
-    words = [
-        f"At these weights SGD{_with(settings)} is stable up to a rate of about {rows[0]['sgd']:.2g} with batches of "
-        f"{rows[0]['batch']} and {numbers['ceiling']:.2g} with large ones"
-    ]
-    words[0] += f"; the limit grows up to batches of about {turning:,.0f}." if turning >= 1 else "; the batch hardly matters."
-    power = numbers["power"].get("sgd, by curvature", math.nan)
-    if len(rows) > 1:
-        words.append(
-            f"From {rows[0]['batch']} to {rows[-1]['batch']} it grows with the power {power:.2f} of the batch, where the "
-            "linear rule says 1."
-        )
-    explained = numbers["explained"]
-    if math.isfinite(explained) and explained < 0.5:
-        words.append(
-            f"The theory does not hold here: noise along random directions explains {100 * explained:.2g} % of the rise of the "
-            "largest eigenvalue, so rely on what was measured."
-        )
-    elif explained > 2:
-        words.append(
-            f"Noise along random directions would raise the largest eigenvalue {explained:.2g} times as much as was seen."
-        )
-    elif math.isfinite(explained):
-        words.append(
-            f"Noise along random directions explains {explained:.0%} of the rise of the largest eigenvalue, as theory has it."
-        )
-    if math.isfinite(scale):
-        words.append(
-            f"Gradient noise is as large as the gradient at a batch of {scale:,.0f}: Adam's law follows the root up to there."
-        )
-    else:
-        words.append(
-            "The gradient is lost in its noise with these samples, so Adam's law follows the root as far as can be seen."
-        )
-    if trials := [t for t in numbers.get("trials", {}).get("sgd", []) if not t["bound"]]:
-        one = trials[-1]
-        near = min(rows, key=lambda row: abs(math.log(row["batch"] / one["batch"])))
-        words.append(
-            f"In trials with batches of {one['batch']} SGD stood {one['rate']:.2g}, "
-            f"{one['rate'] / near['sgd']:.2g} times what curvature says."
-        )
-    return " ".join(words)
 
 
 KIND = Kind(Settings, plan, measure)
