@@ -57,7 +57,9 @@ def _rest(method: nn.Module, x: torch.Tensor) -> None:
 
 
 def _teachers(slug: str) -> dict[str, Any]:
-    return {"relation_teacher": build("mae", depth=3), "feature_teacher": build("mae", dim=24, heads=3)} if slug == "hybrid-distill" else {}
+    if slug != "hybrid-distill":
+        return {}
+    return {"relation_teacher": build("mae", depth=3), "feature_teacher": build("mae", dim=24, heads=3)}
 
 
 def pictures(slug: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -1,4 +1,4 @@
-"""Every masked method at scale: micro-batches, processes, bf16, compiled halves, streams. The same numbers, or the reason why not."""
+"""Every masked method at scale: micro-batches, processes, bf16, compiled halves and streams give the same numbers."""
 
 import io
 import json
