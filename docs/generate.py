@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SOURCE = Path(catalogue.__file__).parent.parent
 ROOT = Path(__file__).resolve().parent.parent
 RACES = ROOT / "benchmarks" / "results"
+COMPARISONS = ROOT / "docs" / "comparisons"
 EXAMPLES = ROOT / "examples"
 
 PARTS = {
@@ -48,6 +49,7 @@ AROUND = {
 }
 ROOMS = PARTS | AROUND
 MOODS = {"reproduced": "good", "not reproduced": "bad", "inconclusive": "open"}
+COMPARISON_MOODS = {"better": "good", "worse": "bad"}
 RACE_MOODS = {"faster": "good", "within the limit": "good", "slower": "bad", "above the limit": "bad", "even": "open"}
 
 
@@ -60,6 +62,7 @@ def pages() -> dict[str, str]:
         **{f"papers/{row.slug}.md": paper_page(row, catalogue.record(row.slug)) for row in rows if row.built},
         "examples.md": examples_page(sorted(EXAMPLES.glob("*.py"))),
         "races.md": races_page(races()),
+        "comparisons.md": comparisons_page(comparisons()),
         "reference/index.md": reference_index(rooms),
         **{f"reference/{room}.md": reference_page(room) for room in rooms},
         "assets/colours.css": colours(),
@@ -304,6 +307,71 @@ def machines(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         groups.setdefault(told, []).append(f"{race['race']} ({m['load']:g})")
     for told, names in groups.items():
         yield plain(f"{told}. Mean load of the machine at the end of each race: {', '.join(names)}") + "."
+
+
+# ---- comparisons of methods
+
+
+def comparisons() -> dict[str, dict[str, Any]]:
+    """The kept records of `sfumato compare`, by the folder that each lies in beside its page."""
+    found = sorted(COMPARISONS.glob("*/record.json"))
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in found}
+
+
+def comparisons_page(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Methods side by side: what each cost, what came out, and whether it differs from the first."""
+    head = (
+        "# Comparisons\n\nMethods of this library on the same data, each trained with every seed: a seed fixes weights, order, "
+        "augmentation and noise, so that methods are paired. Figures are means over seeds with 95 % intervals, taken on held-out "
+        "data. `few label accuracy` is what fine-tuning on 100 labels reaches; probes of features after so short a training say "
+        "little, and where they stand at all they are told beside those of the untrained network on the full page."
+    )
+    return "\n\n".join([head, *(comparison_section(name, record) for name, record in records.items())]) + "\n"
+
+
+def comparison_section(name: str, record: Mapping[str, Any]) -> str:
+    """One comparison: what was held equal, the table, what differs from the first arm, and the way to all of it."""
+    first, by_steps = record["arms"][0]["label"], record["held"] == "steps"
+    budget = f"{record['budget']:,} steps" if by_steps else f"{record['budget']:g} minutes"
+    costs = {"arm", "parameters", "steps", "seconds", "images_per_second", "memory"}
+    metrics = list(dict.fromkeys(m for row in record["table"] for m in row if m not in costs))
+    heads = ["method", "weights", "steps", "time", "images/s", "memory", *(m.replace("_", " ") for m in metrics)]
+    rows = [
+        [
+            plain(row["arm"]), f"{row['parameters']:,}", f"{row['steps']:,}", f"{row['seconds']:.0f} s",
+            f"{row['images_per_second']:,.0f}", "–" if row["memory"] is None else f"{row['memory'] / 2**20:,.0f} MiB",
+            *(spread(row.get(m)) for m in metrics),
+        ]
+        for row in record["table"]
+    ]  # fmt: skip
+    differences = [
+        [
+            plain(f"{d['arm']}: {d['metric'].replace('_', ' ')}"),
+            f'{signed(d["mean"])} <span class="unbroken">[{signed(d["low"])}, {signed(d["high"])}]</span>',
+            f'<span class="verdict {COMPARISON_MOODS.get(d["outcome"], "open")}">{d["outcome"]}</span>',
+        ]
+        for d in record["differences"]
+        if not d["metric"].startswith("images_per_second")
+    ]
+    parts = [
+        f"## {plain(', '.join(arm['label'] for arm in record['arms']))}: equal {'steps' if by_steps else 'time'}",
+        f"{plain(record['summary'])}. {budget} each, {len(record['seeds'])} seeds, {plain(record['machine'])}, {record['date']}. "
+        f"[Curves, pictures, costs and settings](comparisons/{name}/report.html).",
+        f"```sh\n{record['command']}\n```",
+        table(heads, rows),
+        f"Against {plain(first)}, seed by seed:",
+        table(["", "difference", "verdict"], differences),
+        *(plain(note) for note in record["notes"]),
+    ]
+    return "\n\n".join(parts)
+
+
+def spread(limits: Sequence[float | None] | None) -> str:
+    """A mean and its interval."""
+    if limits is None:
+        return "–"
+    mean, low, high = (None if v is None else f"{v:.3g}".replace("-", "−") for v in limits)
+    return f"{mean}" if low is None else f'{mean} <span class="unbroken">[{low}, {high}]</span>'
 
 
 # ---- parts

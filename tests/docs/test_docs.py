@@ -134,6 +134,30 @@ def test_every_stored_race_is_on_the_page(generate):
     assert "No results are stored." in generate.races_page([])
 
 
+def test_a_comparison_is_shown_with_costs_and_differences(generate, monkeypatch, tmp_path):
+    from sfumato.cli.compare import compare
+
+    arms = ["mae", "half=mae:mask_ratio=0.5"]
+    settings = ["image_size=8", "patch=2", "dim=16", "depth=1"]
+    budget = {"steps": 2, "minutes": None, "seeds": 2, "preset": "small", "device": "cpu", "processes": 0}
+    compare(arms, "sample:photos", **budget, settings=settings, dry_run=False, as_json=False, out=tmp_path / "kept")
+    monkeypatch.setattr(generate, "COMPARISONS", tmp_path)
+    page = generate.pages()["comparisons.md"]
+    assert "## mae, half: equal steps" in page
+    assert "2 steps each, 2 seeds" in page
+    assert "(comparisons/kept/report.html)" in page
+    assert "| method | weights | steps | time | images/s | memory | masked loss |" in page
+    assert "| half | " in page
+
+
+def test_every_kept_comparison_has_its_page(generate):
+    kept = generate.comparisons()
+    page = generate.comparisons_page(kept)
+    for name, record in kept.items():
+        assert (generate.COMPARISONS / name / "report.html").is_file()
+        assert record["command"] in page
+
+
 def test_examples_are_shown_with_purpose_command_and_code(generate, tmp_path):
     (tmp_path / "two_words.py").write_text(
         '"""It shows *this*.\n\n    python examples/two_words.py\n\nMore.\n"""\n\nimport torch\n'

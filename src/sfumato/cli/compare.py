@@ -67,12 +67,13 @@ def compare(
             _tell_cost(record)
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+    told = {**record, "table": comparison.table}
+    (folder / "record.json").write_text(json.dumps(told, indent=1) + "\n")
     from sfumato.report.compare_report import write_compare_report
 
     page = write_compare_report(record, folder / "report.html", pictures=folder / "pictures")
     if as_json:
-        say_json({**record, "table": comparison.table, "report": str(page)})
+        say_json({**told, "report": str(page)})
     else:
         _tell_outcome(comparison, folder, page)
     return page
