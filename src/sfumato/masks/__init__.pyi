@@ -1,4 +1,5 @@
 from .block_masks import block_mask as block_mask
+from .color_noise import COLORS as COLORS
 from .color_noise import NoiseBank as NoiseBank
 from .color_noise import color_noise_mask as color_noise_mask
 from .color_noise import colored_noise as colored_noise

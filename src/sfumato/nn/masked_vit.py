@@ -232,8 +232,7 @@ class MaskedViTEncoder(nn.Module):
         Raises:
             BadData: as for `forward`.
         """
-        grid, ids = self._grid(x), None if mask is None else to_ids(mask)[0]
-        return self._add_positions(self.patch_embed(x, ids), grid, ids)
+        return self.embed(x, mask)[0]
 
     def features(self, x: Tensor, *, pool: str = "mean") -> Tensor:
         """One vector an image.

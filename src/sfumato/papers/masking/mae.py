@@ -210,9 +210,6 @@ class MaskedImageModel(Method):
             method.encoder.load_state_dict(previous.encoder.state_dict())
         except RuntimeError:
             ours, theirs = method.encoder.settings, previous.encoder.settings
-            if ours.keys() != theirs.keys():
-                kinds = [type(model.encoder).__name__ for model in (previous, method)]
-                raise BadCheckpoint("the run's encoder is a {}, this method's a {}".format(*kinds)) from None
             unlike = [f"{k}={theirs[k]}" for k in ours if ours[k] != theirs[k]]
             raise BadCheckpoint(f"the run's encoder has other settings: use {', '.join(unlike)}") from None
         own = method.state_dict()
