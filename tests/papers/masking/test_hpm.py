@@ -129,12 +129,20 @@ def test_hidden_pixels_reach_the_guess_only_as_a_target():
     assert not torch.equal(model.predicted_errors(x), model.predicted_errors(other))  # the teacher sees all
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.0])
-def test_nothing_or_everything_hidden_is_finite(ratio):
-    for ranking in ("relative", "absolute"):
-        loss = build(mask_ratio=ratio, ranking=ranking).loss(batch(images()), context(5)).value
-        assert torch.isfinite(loss)
-        loss.backward()
+@pytest.mark.parametrize("ranking", ["relative", "absolute"])
+@pytest.mark.parametrize(("ratio", "count"), [(0.0, 0), (0.05, 1), (1.0, 16)])
+def test_any_number_of_hidden_patches_is_finite(ranking, ratio, count):
+    """One hidden patch makes no pair and has no variance: only its own error is left."""
+    model = build(mask_ratio=ratio, ranking=ranking)
+    loss = model.loss(batch(images()), context(5)).value
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    hidden = model.mask(model.normalised(images()), context().generator, 0.5)
+    assert hidden.sum(1).tolist() == [count] * 4
+    assert loss.isfinite()
+    if count < 2:
+        errors, _ = model.hidden_errors(model.normalised(images()), hidden)
+        assert loss.item() == pytest.approx(errors.mean().item() if count else 0)
 
 
 def test_the_loss_repeats_with_the_same_noise():

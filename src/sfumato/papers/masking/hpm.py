@@ -79,11 +79,11 @@ def absolute_ranking(pred: Tensor, errors: Tensor) -> Tensor:
         errors: `[B, N]`, of the hidden patches; no gradient.
 
     Returns:
-        A scalar, 0 for no patches.
+        A scalar; 0 for fewer than two patches, which have no variance.
     """
-    if not errors.shape[1]:
-        return pred.sum()
     pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
+    if errors.shape[1] < 2:
+        return 0 * pred.sum()
     return F.mse_loss(pred, normalize_patches(errors.detach()).to(pred.dtype))
 
 
