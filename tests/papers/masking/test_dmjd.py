@@ -224,6 +224,20 @@ def test_histograms_are_of_the_picture_not_of_its_normalised_form():
     assert (model.target(model.normalised(x)) - hog_tokens(model.normalised(x), 4, cell=2)).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("masked_error", ["l2", "smooth_l1"])
+@pytest.mark.parametrize(("encoder", "target"), KINDS)
+def test_errors_of_patches_are_of_what_is_predicted(encoder, target, masked_error):
+    """A perfect decoder makes none, whatever it predicts; one that is off by 1 at a token is wrong there alone."""
+    model, x = build(encoder=encoder, target=target, masked_error=masked_error), build().normalised(images())
+    assert model.patch_errors(x, generator()).min() > 0
+    model.decoder.forward = lambda z, hidden: model.target(x)
+    assert (model.patch_errors(x, generator()) == 0).all()
+    off = torch.zeros(4, 16, 1).index_fill_(1, torch.tensor([5]), 1.0)
+    model.decoder.forward = lambda z, hidden: model.target(x) + off
+    wanted = torch.zeros(4, 16).index_fill_(1, torch.tensor([5]), {"l2": 1.0, "smooth_l1": 0.25}[masked_error])
+    torch.testing.assert_close(model.patch_errors(x, generator()), wanted)
+
+
 def test_the_visible_head_sees_one_token_at_a_time():
     torch.manual_seed(0)
     head, z = VisibleHead(8, 12, 5), torch.rand(2, 6, 8)

@@ -147,12 +147,29 @@ def test_errors_of_patches_are_those_of_the_hidden_ones():
     assert (errors > 0).all()
 
 
-def test_attention_is_the_class_tokens_in_the_last_block():
-    mae = build().eval()
-    x = mae.normalised(images())
-    weights = mae.attention(x, torch.Generator())
-    last = mae.encoder(x, return_attention=True).attention[-1]
-    assert torch.allclose(weights, last[:, :, 0, 1:].mean(1))
+@pytest.mark.parametrize("positions", ["sincos", "relative"])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_attention_is_the_class_tokens_in_the_last_block(depth, positions):
+    model = build(SimMIM, depth=depth, positions=positions)
+    torch.nn.init.normal_(model.encoder.cls_token)
+    x = model.normalised(images())
+    weights = model.attention(x, torch.Generator())
+    last = model.encoder.eval()(x, return_attention=True).attention[-1]
+    assert torch.allclose(weights, last[:, :, 0, 1:].mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["attention", "patch_errors"])
+def test_scores_are_taken_at_rest_and_training_goes_on(score):
+    """Residual branches that are skipped at random in training would make the score another one every time."""
+    model = build(SimMIM, depth=3, drop_path=0.9).train()
+    model.head.eval()  # a part that rests stays at rest
+    x, g = model.normalised(images()), lambda: torch.Generator().manual_seed(0)
+    first, again = (getattr(model, score)(x, g()) for _ in range(2))
+    assert torch.equal(first, again)
+    assert model.training
+    assert model.encoder.blocks[2].training
+    assert not model.head.training
+    assert torch.equal(first, getattr(model.eval(), score)(x, g()))
 
 
 def test_learning_rate_and_groups():

@@ -239,6 +239,11 @@ class DMJD(MaskedImageModel):
             self.decoder(z, hidden), visible, self.target(x), hidden, masked_error=c.masked_error, visible_error=c.visible_error
         )
 
+    def errors_under(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The decoder's error of each token, as the loss has it: of histograms or normalised pixels, `[B, L]`."""
+        predicted = self.decoder(self.encoder(x, hidden), hidden)
+        return ERRORS[self.config.masked_error](predicted, self.target(x)).mean(-1)
+
     def masked_loss(self, x: Tensor, hidden: Tensor) -> Tensor:
         """The error of the hidden tokens plus θ times that of the visible ones."""
         masked, visible = self.errors(x, hidden)

@@ -33,7 +33,7 @@ from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.losses import masked_patch_mse, patch_statistics
 from sfumato.masks import SCORED, fill, named_mask, random_mask, upsample_mask
 from sfumato.method import Batch, Context, Loss, Method, MethodConfig, Step
-from sfumato.nn import MaskedDecoder, MaskedViTEncoder, patchify, unpatchify
+from sfumato.nn import MaskedDecoder, MaskedViTEncoder, eval_mode, patchify, run_blocks, unpatchify
 from sfumato.optim import cosine_warmup, lr_for_batch
 
 COLOR_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -129,19 +129,27 @@ class MaskedImageModel(Method):
 
     @torch.no_grad()
     def patch_errors(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """How wrong the network is on each patch while it is hidden: mean squared error of its pixels, `[B, L]`.
+        """How wrong the network is on each patch while it is hidden, by `errors_under`: `[B, L]`.
 
-        Every patch is hidden once, in one of two complementary halves: two forward passes.
+        Every patch is hidden once, in one of two complementary halves: two forward passes, in eval mode.
         """
         half = random_mask(len(x), self.encoder.grid, 0.5, generator=generator)
-        first, second = (
-            patchify((self.predict_image(x, hidden) - x).square(), self.encoder.patch).mean(-1) for hidden in (half, ~half)
-        )
-        return torch.where(half, first, second)
+        with eval_mode(self):
+            return torch.where(half, self.errors_under(x, half), self.errors_under(x, ~half))
+
+    def errors_under(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The mean squared error of each patch's pixels under a mask `[B, L]`; where no pixels are predicted, of what is.
+
+        Returns:
+            `[B, L]`, of which the hidden patches matter.
+        """
+        return patchify((self.predict_image(x, hidden) - x).square(), self.encoder.patch).mean(-1)
 
     @torch.no_grad()
     def attention(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """How much each patch is attended to in the last block, by the class token where there is one: `[B, L]`, mean of heads.
+
+        In eval mode; all blocks but the last keep their fused attention.
 
         Raises:
             BadSetting: an encoder without attention.
@@ -149,8 +157,12 @@ class MaskedImageModel(Method):
         del generator  # nothing is drawn
         if not isinstance(self.encoder, MaskedViTEncoder):
             raise BadSetting(f"mask=semantic asks for attention, and a {type(self.encoder).__name__} has none: take another mask")
-        last = self.encoder(x, return_attention=True).attention[-1].mean(1)
-        prefix = self.encoder.prefix
+        blocks, prefix = self.encoder.blocks, self.encoder.prefix
+        with eval_mode(self.encoder):
+            z, bias = self.encoder.embed(x)
+            z, _, _ = run_blocks(blocks[:-1], z, bias=bias)
+            _, _, maps = run_blocks(blocks[-1:], z, bias=bias, attention=True)
+        last = maps[0].mean(1)
         return last[:, 0, prefix:] if prefix else last.mean(1)
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
