@@ -241,9 +241,21 @@ def test_evaluation_repeats_and_weighs_batches_by_their_size():
     assert model.evaluate([batch(x)]) == model.evaluate([batch(x)])
     assert model.evaluate([]) == {}
     found = model.evaluate([batch(x)])
-    hidden = model.mask(model.normalised(x), torch.Generator().manual_seed(0))
+    hidden = random_mask(6, 4, 0.75, generator=torch.Generator().manual_seed(0))
     assert found["masked_loss"] == pytest.approx(model.masked_loss(model.normalised(x), hidden).item(), rel=1e-5)
     assert 0 <= found["pair_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("mask", ["own", "hard", "semantic", "green"])
+def test_evaluation_does_not_follow_the_teacher(mask):
+    """Another teacher, the same student: the same masks, the same figures."""
+    model, x = build(mask=mask), images()
+    normal, g = model.normalised(x), lambda: torch.Generator().manual_seed(0)
+    before, hidden = model.evaluate([batch(x)]), model.mask(normal, g())
+    for p in model.teacher.module.parameters():
+        p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(model.mask(normal, g()), hidden) == (mask in ("semantic", "green"))
+    assert model.evaluate([batch(x)]) == before
 
 
 def test_preview_shows_what_is_thought_hard():

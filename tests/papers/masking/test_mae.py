@@ -12,7 +12,7 @@ from sfumato.engine import Options, Trainer
 from sfumato.engine.lab import Lab
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.losses import masked_patch_mse
-from sfumato.masks import NAMED_MASKS, random_mask, upsample_mask
+from sfumato.masks import NAMED_MASKS, SCORED, random_mask, upsample_mask
 from sfumato.method import Batch, Context, capabilities
 from sfumato.nn import patchify, unpatchify
 from sfumato.papers.masking.mae import MAE, MaskedConfig, MaskedImageModel, few_labels
@@ -255,6 +255,19 @@ def test_evaluation_repeats_and_weighs_batches_by_their_size():
     mae, x = build(), images(6)
     assert mae.evaluate([batch(x)]) == mae.evaluate([batch(x)])
     assert mae.evaluate([]) == {}
+
+
+@pytest.mark.parametrize("name", ["own", *NAMED_MASKS])
+def test_evaluation_draws_masks_that_do_not_follow_the_network(name):
+    """Those of the setting, but uniform ones in the place of what this network finds hard or attends to."""
+    model, x = build(mask=name), images()
+    masks, g = [], torch.Generator
+    model.masked_loss = lambda x, hidden: masks.append(hidden) or torch.zeros(())
+    model.evaluate([batch(x)])
+    same = build(mask="random" if name in SCORED else name)
+    assert torch.equal(masks[0], same.mask(same.normalised(x), g().manual_seed(0)))
+    if name in SCORED:
+        assert not torch.equal(masks[0], model.mask(model.normalised(x), g().manual_seed(0)))
 
 
 def test_grey_images_and_augmentation():

@@ -172,6 +172,10 @@ class HPM(MAE):
             return super().own_mask(x, generator, progress)
         return hard_mask(self.predicted_errors(x), self.config.mask_ratio, share, generator=generator)
 
+    def evaluation_mask(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """MAE's instead of the paper's, which follows the teacher."""
+        return super().own_mask(x, generator) if self.config.mask == "own" else super().evaluation_mask(x, generator)
+
     # ---- losses
 
     def targets(self, x: Tensor) -> Tensor:
@@ -258,12 +262,15 @@ class HPM(MAE):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The loss and its first part on held-out images, and the share of pairs whose order was foreseen; always one mask."""
+        """The loss and its first part on held-out images, and the share of pairs whose order was foreseen.
+
+        Masks are random, and the same every time: what the teacher finds hard is another mask for every checkpoint.
+        """
         generator = torch.Generator(self.device).manual_seed(0)
         totals, count = torch.zeros(3, device=self.device), 0
         for batch in batches:
             x = self.normalised(self.to_size(batch.x))
-            hidden = self.mask(x, generator)
+            hidden = self.evaluation_mask(x, generator)
             errors, guesses = self.hidden_errors(as_views(x, hidden), hidden)
             figures = (self._joined(errors, guesses), _mean(errors), pair_accuracy(guesses, errors))
             totals += torch.stack([f.float() for f in figures]) * len(batch)

@@ -127,6 +127,12 @@ class MaskedImageModel(Method):
         scores = {"hard": self.patch_errors, "semantic": self.attention}[name](x, generator) if name in SCORED else None
         return named_mask(name, len(x), self.encoder.grid, c.mask_ratio, scores=scores, progress=progress, generator=generator)
 
+    def evaluation_mask(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """As `mask` at the end of the training; uniformly random where that would follow the network, to compare networks."""
+        if self.config.mask in SCORED:
+            return random_mask(len(x), self.encoder.grid, self.config.mask_ratio, generator=generator)
+        return self.mask(x, generator)
+
     @torch.no_grad()
     def patch_errors(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """How wrong the network is on each patch while it is hidden, by `errors_under`: `[B, L]`.
@@ -262,12 +268,12 @@ class MaskedImageModel(Method):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The loss on held-out images, under masks that are the same every time."""
+        """The loss on held-out images, under masks that are the same every time and for every checkpoint."""
         generator = torch.Generator(self.device).manual_seed(0)
         total = count = 0.0
         for batch in batches:
             x = self.normalised(self.to_size(batch.x))
-            hidden = self.mask(x, generator)
+            hidden = self.evaluation_mask(x, generator)
             total += float(self.masked_loss(as_views(x, hidden), hidden)) * len(batch)
             count += len(batch)
         return {"masked_loss": total / count} if count else {}
