@@ -127,6 +127,29 @@ def test_train_save_load_and_use(base, tmp_path):
     assert [h.shape for h in model.heterogeneity_profile(*masked(model))] == [(4,)] * 3
 
 
+@pytest.mark.parametrize(("base", "kind"), [("simmim", SimMIM), ("mae", MAE)])
+def test_a_run_of_the_base_starts_all_of_it_and_the_other_way_round(base, kind):
+    def plain(seed):
+        torch.manual_seed(seed)
+        fields = {k: v for k, v in {**TINY, **DECODER}.items() if k in kind.Config.model_fields}
+        return kind(kind.Config.small(**fields))
+
+    ours, theirs = build(base), plain(1)
+    started = MTO.init_from(ours.config, theirs)
+    assert started.base.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in started.base.state_dict().items())
+    back = kind.init_from(plain(2).config, ours)
+    assert all(torch.equal(v, ours.base.state_dict()[k]) for k, v in back.state_dict().items())
+    again = MTO.init_from(ours.config, ours)
+    assert all(torch.equal(v, ours.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_another_base_gives_its_encoder():
+    other = build("simmim", positions="sincos", dim=20)
+    started = MTO.init_from(build("mae", dim=20).config, other)
+    assert torch.equal(started.encode(images()), other.encode(images()))
+
+
 def test_a_loss_may_be_asked_again():
     model = build(exclusion="random")
     batch = Batch(images(), torch.arange(4))

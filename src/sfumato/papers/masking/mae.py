@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
@@ -230,10 +230,15 @@ class MaskedImageModel(Method):
             ours, theirs = method.encoder.settings, previous.encoder.settings
             unlike = [f"{k}={theirs[k]}" for k in ours if ours[k] != theirs[k]]
             raise BadCheckpoint(f"the run's encoder has other settings: use {', '.join(unlike)}") from None
-        own = method.state_dict()
-        alike = {k: v for k, v in previous.state_dict().items() if isinstance(v, Tensor) and k in own and v.shape == own[k].shape}
-        method.load_state_dict(alike, strict=False)
+        own, theirs = method.core.state_dict(), previous.core.state_dict()
+        alike = {k: v for k, v in theirs.items() if isinstance(v, Tensor) and k in own and v.shape == own[k].shape}
+        method.core.load_state_dict(alike, strict=False)
         return method
+
+    @property
+    def core(self) -> nn.Module:
+        """Where encoder, decoder, head and mask token have the names of the family: here, or in what a method wraps."""
+        return self
 
     # ---- use
 

@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from sfumato.claim import Better, Figures, Holds, Lab, claim
@@ -135,6 +135,11 @@ class MTO(MaskedImageModel):
     def encoder(self) -> Any:  # type: ignore[override]
         """The base's encoder."""
         return self.base.encoder
+
+    @property
+    def core(self) -> nn.Module:
+        """The base: a run of SimMIM or MAE starts all of it, and is started by it."""
+        return self.base
 
     def own_mask(self, x: Tensor, generator: torch.Generator, progress: float = 1.0) -> Tensor:
         """The base's."""
