@@ -9,6 +9,7 @@ from sfumato.data import photo_crops
 from sfumato.engine import Options, Trainer
 from sfumato.engine.lab import Lab
 from sfumato.method import Batch, Context
+from sfumato.nn import run_blocks
 from sfumato.papers.masking import mto
 from sfumato.papers.masking.mae import MAE
 from sfumato.papers.masking.mto import MTO, mask_token_singularity, recalibrate_attention, relative_auc
@@ -66,6 +67,40 @@ def test_visible_queries_keep_a_share_of_the_hidden_keys(keep, kept, at_random):
             assert logits[one] <= logits[one[:3]][left].min()
 
 
+@pytest.mark.parametrize("base", ["simmim", "mae"])
+@pytest.mark.parametrize(("depth", "early"), [(2, 1), (3, 2), (4, 2)])
+def test_only_the_first_half_of_the_blocks_is_recalibrated(base, depth, early):
+    """Block by block: the later ones are the plain blocks; in the earlier ones visible queries see half of the hidden keys."""
+    model = build(base, depth=depth, decoder_depth=depth)
+    x, hidden = masked(model)
+    seen = model.watched(x, hidden)
+    bias = model.encoder.embed(x, hidden, mask_token=model.base.mask_token)[1] if base == "simmim" else None
+    blocks = (model.encoder if base == "simmim" else model.base.decoder).blocks
+    for number in range(depth):
+        plain, _, _ = run_blocks(blocks[number : number + 1], seen.layers[number], bias=bias)
+        assert torch.allclose(plain, seen.layers[number + 1], atol=1e-5) == (number >= early)
+    assert len(seen.maps) == early
+    for weights in seen.maps:
+        kept = ((weights > 0) & seen.hidden[:, None, None]).sum(-1)
+        n_hidden = int(hidden[0].sum())
+        for queries, count in ((~seen.hidden, n_hidden // 2), (seen.hidden, n_hidden)):
+            assert (kept[queries[:, None].expand_as(kept)] == count).all()
+
+
+def test_random_exclusion_keeps_as_many_keys_but_others():
+    """Drawn from torch's generator, anew at every step: as many keys as the weakest leave, and not always the same."""
+    ours, control = build(depth=4), build(depth=4, exclusion="random")
+    x, hidden = masked(ours)
+    torch.manual_seed(0)
+    weakest, first, again = (m.watched(x, hidden).maps[0] > 0 for m in (ours, control, control))
+    torch.manual_seed(0)
+    assert torch.equal(first, control.watched(x, hidden).maps[0] > 0)
+    assert not torch.equal(first, again)
+    assert not torch.equal(first, weakest)
+    assert torch.equal(first.sum(-1), weakest.sum(-1))
+    assert control.masked_loss(x, hidden) != ours.masked_loss(x, hidden)
+
+
 def test_nothing_hidden_nothing_recalibrated():
     logits = torch.randn(1, 2, 4, 4)
     assert (recalibrate_attention(logits, torch.zeros(1, 4, dtype=torch.bool)) == 0).all()
@@ -100,6 +135,36 @@ def test_the_loss_is_the_sum_of_its_terms(base):
     assert len(seen.layers) == len(blocks) + 1
     assert len(seen.maps) == (len(blocks) + 1) // 2
     assert not torch.allclose(bare.masked_loss(x, hidden), build(base, **NOTHING).masked_loss(x, hidden))
+
+
+@pytest.mark.parametrize("term", ["singularity", "sparsity", "leak"])
+def test_a_term_without_weight_is_not_computed(term):
+    """The others are as they were beside it; where nothing reads the attention no map is kept."""
+    whole, without = build(), build(**{term: 0.0})
+    x, hidden = masked(whole)
+    terms, left = (m.penalties(m.watched(x, hidden), hidden) for m in (whole, without))
+    assert left.keys() == terms.keys() - {term}
+    assert all(torch.allclose(left[name], terms[name]) for name in left)
+    assert len(whole.watched(x, hidden).maps) == 1
+    assert build(sparsity=0.0, leak=0.0).watched(x, hidden).maps == []
+
+
+@pytest.mark.parametrize("base", ["simmim", "mae"])
+def test_attention_is_fused_where_nobody_reads_or_changes_it(base, monkeypatch):
+    calls, fused = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
+
+    def count(**over):
+        model = build(base, **{**NOTHING, **over})
+        x, hidden = masked(model)
+        calls.clear()
+        model.masked_loss(x, hidden)
+        return len(calls)
+
+    blocks = count()
+    assert count(singularity=0.1) == blocks
+    assert count(keep=0.5) == count(sparsity=0.1) == count(leak=0.1) == blocks - 1  # of two blocks the first
+    assert blocks == (2 if base == "simmim" else 4)
 
 
 def test_the_singularity_reaches_mask_token_and_embedding_and_no_last_layer():

@@ -91,7 +91,10 @@ def recalibrate_attention(
 
 
 class _Pass(NamedTuple):
-    """What a pass through blocks with mask tokens left behind; `hidden` and all tokens include the class token."""
+    """What a pass through blocks with mask tokens left behind; `hidden` and all tokens include the class token.
+
+    `maps` is empty where no term reads the attention.
+    """
 
     tokens: Tensor
     layers: list[Tensor]
@@ -162,9 +165,10 @@ class MTO(MaskedImageModel):
         else:
             z, blocks = base.decoder.tokens(base.encoder(x, hidden), hidden), base.decoder.blocks
         everywhere = F.pad(hidden, (z.shape[1] - hidden.shape[1], 0))
-        half = math.ceil(len(blocks) / 2)
-        change = self._recalibration(everywhere) if self.config.keep < 1 else None
-        first, early, maps = run_blocks(blocks[:half], z, bias=bias, adjust=change, layers=True, attention=True)
+        c, half = self.config, math.ceil(len(blocks) / 2)
+        change = self._recalibration(everywhere) if c.keep < 1 else None
+        reads = bool(c.sparsity or c.leak)  # otherwise, and without recalibration, attention stays fused
+        first, early, maps = run_blocks(blocks[:half], z, bias=bias, adjust=change, layers=True, attention=reads)
         last, late, _ = run_blocks(blocks[half:], first, bias=bias, layers=True)
         return _Pass(last, [z, *early, *late], maps, everywhere)
 
@@ -177,15 +181,17 @@ class MTO(MaskedImageModel):
         return change
 
     def penalties(self, seen: _Pass, hidden: Tensor) -> dict[str, Tensor]:
-        """The three terms before their weights, by name: `singularity`, `sparsity`, `leak`."""
+        """Those of `singularity`, `sparsity` and `leak` that have a weight, before it."""
         c, visible = self.config, ~seen.hidden
-        patches = [z[:, z.shape[1] - hidden.shape[1] :] for z in seen.layers[:-1]]
-        maps = seen.maps
-        return {
-            "singularity": mask_token_singularity(patches, hidden, decay=c.decay, tau=c.tau),
-            "sparsity": torch.stack([attention_entropy(a, rows=visible, normalize=True) for a in maps]).mean(),
-            "leak": torch.stack([attention_mass(a, seen.hidden, rows=visible) for a in maps]).mean(),
-        }
+        terms: dict[str, Tensor] = {}
+        if c.singularity:
+            patches = [z[:, z.shape[1] - hidden.shape[1] :] for z in seen.layers[:-1]]
+            terms["singularity"] = mask_token_singularity(patches, hidden, decay=c.decay, tau=c.tau)
+        if c.sparsity:
+            terms["sparsity"] = torch.stack([attention_entropy(a, rows=visible, normalize=True) for a in seen.maps]).mean()
+        if c.leak:
+            terms["leak"] = torch.stack([attention_mass(a, seen.hidden, rows=visible) for a in seen.maps]).mean()
+        return terms
 
     @torch.no_grad()
     def heterogeneity_profile(self, x: Tensor, hidden: Tensor) -> list[Tensor]:
@@ -199,10 +205,8 @@ class MTO(MaskedImageModel):
         """The base's loss, and the three terms by their weights."""
         seen = self.watched(x, hidden)
         loss: Tensor = self.base.loss_of_prediction(self._read(seen), x, hidden)
-        weights = {name: getattr(self.config, name) for name in ("singularity", "sparsity", "leak")}
-        if any(weights.values()):
-            terms = self.penalties(seen, hidden)
-            loss = loss + sum(weight * terms[name] for name, weight in weights.items())
+        for name, term in self.penalties(seen, hidden).items():
+            loss = loss + getattr(self.config, name) * term
         return loss
 
     def predict_image(self, x: Tensor, hidden: Tensor) -> Tensor:
