@@ -198,6 +198,20 @@ def test_theta_zero_is_maes_form_without_another_branch():
         assert torch.equal(value, with_head.state_dict()[name])
 
 
+@pytest.mark.parametrize(("encoder", "target"), KINDS)
+def test_views_of_an_image_share_its_target(encoder, target, monkeypatch):
+    """The loss of images repeated by hand, from a target that is made once an image."""
+    model = build(encoder=encoder, target=target)
+    x = model.normalised(images())
+    masks, made, make = model.mask(x, generator()), [], DMJD.target
+    expected = model.masked_loss(x.repeat(2, 1, 1, 1), masks)
+    monkeypatch.setattr(DMJD, "target", lambda self, x: made.append(len(x)) or make(self, x))
+    loss = model.loss(batch(images()), Context(0, 10, 0, generator()))
+    assert loss.value.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert model.evaluate([batch(images())])["masked_loss"] == pytest.approx(expected.item(), abs=1e-6)
+    assert made == [4, 4]
+
+
 def test_the_order_of_the_views_does_not_matter():
     model, x = build(), build().normalised(images())
     masks = model.mask(x, generator())

@@ -103,6 +103,17 @@ def test_the_loss_put_together_by_hand():
     assert torch.allclose(found[1], guesses, atol=1e-6)
 
 
+def test_views_of_an_image_share_its_target(monkeypatch):
+    model = build(mask="disjoint", target="teacher")
+    x, made, make = model.normalised(images()), [], HPM.targets
+    masks = model.mask(x, context().generator)
+    expected = model.masked_loss(x.repeat(2, 1, 1, 1), masks)
+    monkeypatch.setattr(HPM, "targets", lambda self, x: made.append(len(x)) or make(self, x))
+    assert model.loss(batch(images()), context()).value.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert model.evaluate([batch(images())])["masked_loss"] == pytest.approx(expected.item(), abs=1e-6)
+    assert made == [4, 4]
+
+
 def test_without_the_ranking_it_is_mae():
     hpm, mae, x = build(ranking_weight=0.0, norm_pix=True), build(MAE), images()
     for a, b in ((hpm.encoder, mae.encoder), (hpm.decoder, mae.decoder)):

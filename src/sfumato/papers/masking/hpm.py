@@ -37,11 +37,11 @@ from typing_extensions import Self
 from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.errors import BadSetting
 from sfumato.losses import masked_mean, masked_patch_mse, normalize_patches, pairwise_ranking
-from sfumato.masks import fill, hard_mask, random_mask, to_ids, upsample_mask
+from sfumato.masks import as_views, fill, hard_mask, random_mask, to_ids, upsample_mask
 from sfumato.method import Batch, Context, Method, Result, Step
 from sfumato.nn import initialise_linear, patchify, vit_block
 from sfumato.optim import EMA, linear_ramp
-from sfumato.papers.masking.mae import MAE, as_views
+from sfumato.papers.masking.mae import MAE
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -190,11 +190,14 @@ class HPM(MAE):
             return tokens
 
     def hidden_errors(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors of the hidden patches and the student's guesses of them, both `[B, n]` in raster order."""
+        """Errors of the hidden patches and the student's guesses of them, both `[B, n]` in raster order.
+
+        With masks `[V B, L]` both are `[V B, n]`, and the target of an image is made once.
+        """
         z = self.encoder(x, hidden)
         tokens = self.decoder.tokens(z, hidden)
-        predicted = self.decoder.decode(tokens)
-        errors = masked_patch_mse(predicted, self.targets(x), hidden, norm=self.config.norm_pix, reduction="none")
+        predicted, target = self.decoder.decode(tokens), as_views(self.targets(x), hidden)
+        errors = masked_patch_mse(predicted, target, hidden, norm=self.config.norm_pix, reduction="none")
         visible = z.shape[1] - self.encoder.prefix
         places, _ = to_ids(~hidden, n_keep=hidden.shape[1] - visible)
         return errors.gather(1, places), self.predictor(tokens).gather(1, places)
@@ -202,6 +205,10 @@ class HPM(MAE):
     def masked_loss(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Error of the hidden patches, and how badly it was foreseen which of an image's are larger."""
         return self._joined(*self.hidden_errors(x, hidden))
+
+    def loss_of_views(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The same: what views share is done once in it."""
+        return self.masked_loss(x, hidden)
 
     def _joined(self, errors: Tensor, guesses: Tensor) -> Tensor:
         rank = pairwise_ranking if self.config.ranking == "relative" else absolute_ranking
@@ -271,7 +278,7 @@ class HPM(MAE):
         for batch in batches:
             x = self.normalised(self.to_size(batch.x))
             hidden = self.evaluation_mask(x, generator)
-            errors, guesses = self.hidden_errors(as_views(x, hidden), hidden)
+            errors, guesses = self.hidden_errors(x, hidden)
             figures = (self._joined(errors, guesses), _mean(errors), pair_accuracy(guesses, errors))
             totals += torch.stack([f.float() for f in figures]) * len(batch)
             count += len(batch)

@@ -31,7 +31,7 @@ from typing_extensions import Self
 from sfumato.claim import Better, Figures, Lab, claim
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.losses import masked_patch_mse, patch_statistics
-from sfumato.masks import SCORED, fill, named_mask, random_mask, upsample_mask
+from sfumato.masks import SCORED, as_views, fill, named_mask, random_mask, upsample_mask
 from sfumato.method import Batch, Context, Loss, Method, MethodConfig, Step
 from sfumato.nn import MaskedDecoder, MaskedViTEncoder, eval_mode, patchify, run_blocks, unpatchify
 from sfumato.optim import cosine_warmup, lr_for_batch
@@ -109,6 +109,10 @@ class MaskedImageModel(Method):
         """The loss of normalised images `[B, C, H, W]` under a mask `[B, L]`: a mean over samples."""
         raise NotImplementedError
 
+    def loss_of_views(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The same under masks `[V B, L]`; for methods that do once what the views of an image share, such as the target."""
+        return self.masked_loss(as_views(x, hidden), hidden)
+
     def predict_image(self, x: Tensor, hidden: Tensor) -> Tensor:
         """What the network expects to see everywhere, as normalised images `[B, C, H, W]`."""
         raise NotImplementedError
@@ -182,7 +186,7 @@ class MaskedImageModel(Method):
             raise BadData(f"pictures are {height} x {width}, the network takes {side} x {side}: set image_size, or crop them")
         x = self.normalised(batch.x)
         hidden = self.mask(x, ctx.generator, ctx.progress)
-        return Loss(self.masked_loss(as_views(x, hidden), hidden), len(batch))
+        return Loss(self.loss_of_views(x, hidden), len(batch))
 
     def steps(self, ctx: Context) -> Any:
         """One step of AdamW at this moment's learning rate."""
@@ -279,7 +283,7 @@ class MaskedImageModel(Method):
         for batch in batches:
             x = self.normalised(self.to_size(batch.x))
             hidden = self.evaluation_mask(x, generator)
-            total += float(self.masked_loss(as_views(x, hidden), hidden)) * len(batch)
+            total += float(self.loss_of_views(x, hidden)) * len(batch)
             count += len(batch)
         return {"masked_loss": total / count} if count else {}
 
@@ -356,12 +360,6 @@ class MAE(MaskedImageModel):
             mean, var = patch_statistics(patchify(x, c.patch))
             predicted = predicted * var.sqrt() + mean
         return unpatchify(predicted, c.patch, self.encoder.grid, self.channels)
-
-
-def as_views(x: Tensor, hidden: Tensor) -> Tensor:
-    """Images repeated for the rows of their masks, `[V B, C, H, W]`: all first views first."""
-    views = len(hidden) // len(x)
-    return x if views == 1 else x.repeat(views, *(1,) * (x.ndim - 1))
 
 
 def _fitted(x: Tensor, size: int) -> Tensor:
