@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sfumato.claim import Verdict, judge
-from sfumato.data import photo_crops
+from sfumato.data import digits, photo_crops
 from sfumato.engine import Options, Trainer
 from sfumato.engine.lab import Lab
 from sfumato.method import Batch, Context
@@ -231,13 +231,44 @@ def test_relative_area():
     assert np.isnan(relative_auc([1.0, 1.0], [1.0, 1.0], 1.0))
 
 
-def test_the_claims_in_small(monkeypatch):
-    """A fiftieth of the training cannot win; the arms must differ, and a better arm must be found better."""
-    monkeypatch.setattr(mto, "MARKS", (50, 100, 200, 400))
+def test_half_the_steps_in_small(monkeypatch):
+    """A hundredth of the training cannot win; every arm must be trained, looked at and judged against SimMIM."""
+    few = [Batch(d.x[:200], d.index[:200], d.label[:200]) for d in digits(seed=0)]
+    monkeypatch.setattr("sfumato.data.digits", lambda seed: few)
+    lab = Lab(0, budget=0.01)
+    figures = mto.half_the_steps.run(lab)
+    halves = {"SimMIM, half the steps", "MTO, half the steps"}
+    assert set(figures) == {"untrained", *mto.ARMS, *halves}
+    assert all(np.isfinite(v) for arm in figures.values() for v in arm.values())
+    assert all(0 <= arm[name] <= 1 for arm in figures.values() for name in ("accuracy", "linear probe"))
+    for measure in ("RAUC of the error", "RAUC of the probe"):
+        assert figures["SimMIM"][measure] == 1
+    assert len({figures[arm]["hidden error"] for arm in mto.ARMS}) == len(mto.ARMS)
+    assert len(lab.curves) == 2 * len(mto.ARMS)
+    assert all(c["x"] == [0, *mto.MARKS] and len(c["y"]) == 5 for c in lab.curves)
+    assert {c["y"][0] for c in lab.curves if c["ylabel"] == "accuracy of a linear probe"} == {
+        figures["untrained"]["linear probe"]
+    }
+    assert len(judge(mto.half_the_steps, [figures]).findings) == 2
+
+
+def test_the_claims_can_be_won_and_lost():
+    won = {
+        "SimMIM": {"accuracy": 0.5, "RAUC of the error": 1.0},
+        "MTO, half the steps": {"accuracy": 0.6},
+        "MTO": {"RAUC of the error": 1.2},
+    }
+    lost = {
+        "SimMIM": {"accuracy": 0.6, "RAUC of the error": 1.0},
+        "MTO, half the steps": {"accuracy": 0.5},
+        "MTO": {"RAUC of the error": 0.9},
+    }
+    assert judge(mto.half_the_steps, [won] * 5).verdict is Verdict.REPRODUCED
+    assert judge(mto.half_the_steps, [lost] * 5).verdict is Verdict.NOT_REPRODUCED
+
+
+def test_the_profile_in_small():
+    """A fiftieth of the training: the arms must differ."""
     figures = mto.profile.run(Lab(0, budget=0.02))
     assert figures["SimMIM"] != figures["singularity alone"]
     assert all(0 <= v <= 1 for arm in figures.values() for v in arm.values())
-    won = {"SimMIM": {"accuracy": 0.5, "RAUC": 1.0}, "MTO, half the steps": {"accuracy": 0.6}, "MTO": {"RAUC": 1.2}}
-    lost = {"SimMIM": {"accuracy": 0.6, "RAUC": 1.0}, "MTO, half the steps": {"accuracy": 0.5}, "MTO": {"RAUC": 0.9}}
-    assert judge(mto.half_the_steps, [won] * 5).verdict is Verdict.REPRODUCED
-    assert judge(mto.half_the_steps, [lost] * 5).verdict is Verdict.NOT_REPRODUCED
