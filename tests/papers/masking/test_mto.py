@@ -121,6 +121,18 @@ def test_without_its_terms_it_is_the_base(base, kind):
     assert [model.lr_factor(p) for p in (0, 0.5, 0.9)] == [plain.lr_factor(p) for p in (0, 0.5, 0.9)]
 
 
+def test_each_base_has_its_own_recipe():
+    simmim, mae = MTO.Config(), MTO.Config.mae()
+    for ours, theirs in ((simmim, SimMIM.Config()), (mae, MAE.Config())):
+        given = ours.model_dump()
+        assert {k: given[k] for k in theirs.model_dump()} == theirs.model_dump()
+    assert (mae.base, mae.mask_ratio, mae.base_lr, mae.clip_norm, mae.betas) == ("mae", 0.75, 1.5e-4, None, (0.9, 0.95))
+    assert (mae.singularity, mae.keep, MTO.Config.mae(dim=1024).dim) == (simmim.singularity, simmim.keep, 1024)
+    with torch.device("meta"):
+        model = MTO(mae)
+    assert model.base.config == MAE.Config()
+
+
 @pytest.mark.parametrize("base", ["simmim", "mae"])
 def test_the_loss_is_the_sum_of_its_terms(base):
     model = build(base, singularity=0.3, sparsity=0.2, leak=0.1)

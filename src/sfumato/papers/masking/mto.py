@@ -106,9 +106,11 @@ class MTO(MaskedImageModel):
     """SimMIM or MAE, with mask tokens kept singular and attention recalibrated."""
 
     class Config(SimMIM.Config):
-        """SimMIM's recipe; with `base="mae"` MAE's is to be set as well (ratio, rate, crop)."""
+        """SimMIM's recipe; MAE's is `Config.mae()`."""
 
-        base: Literal["simmim", "mae"] = Field("simmim", description="what it is added to: SimMIM's encoder or MAE's decoder")
+        base: Literal["simmim", "mae"] = Field(
+            "simmim", description="what it is added to: SimMIM's encoder, or MAE's decoder (its recipe: MTO.Config.mae())"
+        )
         singularity: float = Field(0.1, ge=0, description="λ_e, weight of the singularity of mask tokens")
         sparsity: float = Field(0.01, ge=0, description="λ_s, weight of the entropy of visible tokens' attention")
         leak: float = Field(0.01, ge=0, description="λ_r, weight of the attention that visible tokens give to hidden ones")
@@ -127,6 +129,11 @@ class MTO(MaskedImageModel):
         def small(cls, **over: Any) -> Self:
             """The CPU preset of both bases."""
             return super().small(**{"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 4, **over})
+
+        @classmethod
+        def mae(cls, **over: Any) -> Self:
+            """MAE's recipe: 800 epochs of ImageNet-1k at its ratio, rate and crop. What MAE has not is as by default, unused."""
+            return cls(**{**MAE.Config().model_dump(), "base": "mae", **over})
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
