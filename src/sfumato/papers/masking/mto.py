@@ -330,10 +330,10 @@ def half_the_steps(lab: Lab) -> Figures:
             if name and name not in figures and (mark != 200 or arm in ("SimMIM", "MTO")):  # controls at the end alone
                 tuned = finetune_probe(model, train, test=test, steps=lab.steps(150), generator=lab.generator)
                 figures[name] = {"accuracy": tuned, "linear probe": probe}
-        falls = [[-e for e in errors[a][1:]] for a in (arm, "SimMIM")]
+        fall, base_fall = ([-e for e in errors[a][1:]] for a in (arm, "SimMIM"))
         figures[arm] |= {
             "hidden error": errors[arm][-1],
-            "RAUC of the error": relative_auc(*falls, -errors["SimMIM"][0], MARKS),
+            "RAUC of the error": relative_auc(fall, base_fall, -errors["SimMIM"][0], MARKS),
             "RAUC of the probe": relative_auc(probes[arm][1:], probes["SimMIM"][1:], CHANCE, MARKS),
         }
         lab.curve(arm, [0, *MARKS], errors[arm], xlabel="steps", ylabel="error of hidden pixels")
