@@ -148,7 +148,7 @@ class MaskedImageModel(Method):
             return torch.where(half, self.errors_under(x, half), self.errors_under(x, ~half))
 
     def errors_under(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """The mean squared error of each patch's pixels under a mask `[B, L]`; where no pixels are predicted, of what is.
+        """The error of each patch under a mask `[B, L]`: the mean square of its pixels', or that of a method's own target.
 
         Returns:
             `[B, L]`, of which the hidden patches matter.

@@ -174,7 +174,7 @@ class MTO(MaskedImageModel):
         everywhere = F.pad(hidden, (z.shape[1] - hidden.shape[1], 0))
         c, half = self.config, math.ceil(len(blocks) / 2)
         change = self._recalibration(everywhere) if c.keep < 1 else None
-        reads = bool(c.sparsity or c.leak)  # otherwise, and without recalibration, attention stays fused
+        reads = bool(c.sparsity or c.leak)  # if not, attention without recalibration stays fused
         first, early, maps = run_blocks(blocks[:half], z, bias=bias, adjust=change, layers=True, attention=reads)
         last, late, _ = run_blocks(blocks[half:], first, bias=bias, layers=True)
         return _Pass(last, [z, *early, *late], maps, everywhere)
@@ -324,10 +324,12 @@ def half_the_steps(lab: Lab) -> Figures:
             errors[arm] = [float(m.base.loss_of_prediction(m._read(m.watched(x, hidden)), x, hidden)) for m in models.values()]
         features = [[extract_features(m, data) for data in (train, test)] for m in models.values()]
         probes[arm] = [linear_probe(known, train.label, test=(unknown, test.label)) for known, unknown in features]
-        looked_at = {0: "untrained", 200: f"{arm}, half the steps", 400: arm}
+        looked_at = {0: "untrained", 400: arm}
+        if arm in ("SimMIM", "MTO"):
+            looked_at[200] = f"{arm}, half the steps"
         for (mark, model), probe in zip(models.items(), probes[arm], strict=True):
-            name = looked_at.get(mark)
-            if name and name not in figures and (mark != 200 or arm in ("SimMIM", "MTO")):  # controls at the end alone
+            name = looked_at.get(mark, "")
+            if name and name not in figures:
                 tuned = finetune_probe(model, train, test=test, steps=lab.steps(150), generator=lab.generator)
                 figures[name] = {"accuracy": tuned, "linear probe": probe}
         fall, base_fall = ([-e for e in errors[a][1:]] for a in (arm, "SimMIM"))
