@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato.errors import BadData
-from sfumato.masks import random_mask, take_tokens, to_ids, upsample_mask
+from sfumato.masks import as_views, random_mask, take_tokens, to_ids, upsample_mask
 
 VECTORS = np.load(Path(__file__).parents[1] / "vectors" / "mae-base.npz")
 
@@ -73,3 +73,11 @@ def test_upsampled_mask_is_the_kronecker_product():
     assert pixels.dtype == torch.bool
     for b in range(2):
         assert torch.equal(pixels[b, 0].long(), torch.kron(mask[b].view(2, 3).long(), torch.ones(4, 4, dtype=torch.long)))
+
+
+def test_views_stand_one_after_the_other():
+    x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    views = as_views(x, torch.zeros(6, 5, dtype=torch.bool))
+    assert torch.equal(views, x.repeat(3, 1, 1, 1))
+    assert views.is_contiguous(memory_format=torch.channels_last)
+    assert as_views(x, torch.zeros(2, 5)) is x

@@ -122,3 +122,11 @@ def test_what_does_not_fit_is_refused():
         encoder()(torch.rand(1, 1, 16, 24, dtype=torch.float64))
     with pytest.raises(BadData, match="cannot be cut"):
         encoder()(images(size=(12, 24)))
+
+
+def test_views_of_an_image_share_its_first_embedding():
+    net, masks, seen = encoder(), torch.cat([hide(seed=seed) for seed in (1, 2, 3)]), []
+    expected = net(images().repeat(3, 1, 1, 1), masks)
+    net.embeds[0].register_forward_hook(lambda _m, args, _o: seen.append(len(args[0])))
+    torch.testing.assert_close(net(images(), masks), expected)
+    assert seen == [2]

@@ -211,3 +211,11 @@ def test_decoder_with_nothing_and_everything_hidden():
     d = decoder()
     assert d(torch.randn(2, 7, 16).double(), hide(ratio=0.0)).shape == (2, 6, 5)
     assert d(torch.randn(2, 1, 16).double(), hide(ratio=1.0)).shape == (2, 6, 5)
+
+
+@pytest.mark.parametrize("positions", ["sincos", "learned", "relative"])
+@pytest.mark.parametrize("token", [None, torch.ones(16, dtype=torch.float64)])
+def test_views_of_an_image_are_images_of_their_own(positions, token):
+    ours, masks = encoder(positions=positions), torch.cat([hide(seed=seed) for seed in (1, 2, 3)])
+    again = ours(images().repeat(3, 1, 1, 1), masks, mask_token=token)
+    assert torch.allclose(ours(images(), masks, mask_token=token), again, atol=1e-12)

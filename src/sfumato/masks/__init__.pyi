@@ -1,4 +1,5 @@
 from .block_masks import block_mask as block_mask
+from .color_noise import COLORS as COLORS
 from .color_noise import NoiseBank as NoiseBank
 from .color_noise import color_noise_mask as color_noise_mask
 from .color_noise import colored_noise as colored_noise
@@ -23,6 +24,7 @@ from .random_masks import grid_shape as grid_shape
 from .random_masks import mask_from_scores as mask_from_scores
 from .random_masks import random_mask as random_mask
 from .ratio_schedules import ratio_schedule as ratio_schedule
+from .token_index import as_views as as_views
 from .token_index import take_tokens as take_tokens
 from .token_index import to_ids as to_ids
 from .token_index import upsample_mask as upsample_mask

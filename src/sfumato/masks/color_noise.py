@@ -32,6 +32,7 @@ from sfumato.errors import BadSetting
 from sfumato.masks.random_masks import Grid, count_hidden, grid_shape, mask_from_scores, uniform
 
 COLORS = ("white", "red", "blue", "green", "purple")
+"""Colours of noise."""
 Sigma = float | tuple[float, float] | None
 
 _SIGMA = {"red": (1.0,), "blue": (1.0,), "green": (1.0, 2.0), "purple": (1.0, 2.0), "white": ()}

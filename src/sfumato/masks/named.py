@@ -26,13 +26,12 @@ from torch import Tensor
 
 from sfumato.errors import BadSetting, nearest
 from sfumato.masks.block_masks import block_mask
-from sfumato.masks.color_noise import color_noise_mask
+from sfumato.masks.color_noise import COLORS, color_noise_mask
 from sfumato.masks.disjoint import disjoint_masks
 from sfumato.masks.guided import hard_mask, weighted_mask
 from sfumato.masks.random_masks import Grid, grid_shape, random_mask
 from sfumato.masks.ratio_schedules import ratio_schedule
 
-COLORS = ("white", "red", "blue", "green", "purple")
 NAMED_MASKS = {
     "random": "single tokens, uniformly",
     "block": "squares of two tokens a side",

@@ -71,6 +71,20 @@ def take_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return F.embedding(ids + first, tokens.reshape(batch * length, dim))
 
 
+def as_views(x: Tensor, mask: Tensor) -> Tensor:
+    """What is known of B images, repeated for each view of them.
+
+    Args:
+        x: `[B, ...]`, such as images or targets; with V B rows it is given back.
+        mask: `[V B, ...]`, all first views first.
+
+    Returns:
+        `[V B, ...]`.
+    """
+    views = len(mask) // len(x)
+    return x if views == 1 else torch.cat([x] * views)  # keeps the memory format, unlike repeat
+
+
 def upsample_mask(mask: Tensor, grid: Grid, patch: int) -> Tensor:
     """The pixels that hidden tokens cover.
 

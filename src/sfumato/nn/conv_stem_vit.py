@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import BadData, BadSetting
-from sfumato.masks.token_index import to_ids, upsample_mask
+from sfumato.masks.token_index import as_views, to_ids, upsample_mask
 from sfumato.nn.masked_vit import PatchEmbed
 from sfumato.nn.positions import sincos_2d
 from sfumato.nn.vit_blocks import initialise_linear, vit_block
@@ -150,10 +150,11 @@ class ConvStemViT(nn.Module):
 
         Args:
             x: `[B, C, H, W]`, H and W multiples of the patch.
-            mask: `[B, L]` bool, True = hidden, equally many in each row; None: nothing is hidden.
+            mask: `[B, L]` bool, True = hidden, equally many in each row; or `[V B, L]`, V views of each image, all first views
+                first: they share the first embedding. None: nothing is hidden.
 
         Returns:
-            `[B, n, D]`, visible tokens in raster order.
+            `[B, n, D]` (of views `[V B, n, D]`), visible tokens in raster order.
 
         Raises:
             BadData: an image that cannot be cut into patches, or another number of channels.
@@ -163,7 +164,7 @@ class ConvStemViT(nn.Module):
         fused: list[Tensor] = []
         for scale, embed, stage, fusion in zip(SCALES, self.embeds, self.stages, self.fusions, strict=True):
             hidden = None if mask is None else upsample_mask(mask, grid, scale)
-            x = embed(x)
+            x = embed(x) if mask is None else as_views(embed(x), mask)
             for block in stage:  # type: ignore[attr-defined]
                 x = block(x, hidden)
             fused.append(fusion(x, ids))

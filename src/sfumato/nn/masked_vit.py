@@ -34,7 +34,7 @@ from typing_extensions import Self
 
 from sfumato.errors import BadData, BadSetting
 from sfumato.masks.random_masks import Grid, grid_shape
-from sfumato.masks.token_index import take_tokens, to_ids
+from sfumato.masks.token_index import as_views, take_tokens, to_ids
 from sfumato.nn.patches import patchify
 from sfumato.nn.positions import RelativePositionBias, sincos_2d
 from sfumato.nn.vit_blocks import initialise_linear, run_blocks, vit_block
@@ -65,10 +65,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, dim, patch, patch)
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """`[B, C, H, W]` to `[B, L, D]`, or to `[B, n, D]` for the patches `ids` `[B, n]`."""
+        """`[B, C, H, W]` to `[B, L, D]`, or to `[V B, n, D]` for the patches `ids` `[V B, n]` of V views."""
         patches = patchify(x, self.patch, order="chw")
         if ids is not None:
-            patches = take_tokens(patches, ids)
+            patches = take_tokens(as_views(patches, ids), ids)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -189,13 +189,15 @@ class MaskedViTEncoder(nn.Module):
 
         Args:
             x: `[B, C, H, W]`, H and W multiples of the patch.
-            mask: `[B, L]` bool, True = hidden, equally many in each row; None: nothing is hidden.
+            mask: `[B, L]` bool, True = hidden, equally many in each row; or `[V B, L]`, V views of each image, all first views
+                first. None: nothing is hidden.
             mask_token: `[D]` or `[1, 1, D]`; given, hidden patches become it (before positions are added) and stay in.
             return_layers: also return the tokens after each block.
             return_attention: also return each block's attention (not fused: slower).
 
         Returns:
-            `[B, 1 + n, D]`, class token first, visible patches in raster order (n = L with `mask_token`); or an `EncoderOutput`.
+            `[B, 1 + n, D]` (of views `[V B, 1 + n, D]`), class token first, visible patches in raster order (n = L with
+            `mask_token`); or an `EncoderOutput`.
 
         Raises:
             BadData: an image that cannot be cut into patches, or another number of channels.
@@ -215,7 +217,7 @@ class MaskedViTEncoder(nn.Module):
             ids, _ = to_ids(mask)
         z = self.patch_embed(x, ids)
         if mask is not None and mask_token is not None:
-            z = torch.where(mask[..., None], mask_token.to(z.dtype), z)
+            z = torch.where(mask[..., None], mask_token.to(z.dtype), as_views(z, mask))
         z = self._add_positions(z, grid, ids)
         return z, None if self.position_bias is None else self.position_bias(grid=grid, ids=ids)
 
@@ -232,8 +234,7 @@ class MaskedViTEncoder(nn.Module):
         Raises:
             BadData: as for `forward`.
         """
-        grid, ids = self._grid(x), None if mask is None else to_ids(mask)[0]
-        return self._add_positions(self.patch_embed(x, ids), grid, ids)
+        return self.embed(x, mask)[0]
 
     def features(self, x: Tensor, *, pool: str = "mean") -> Tensor:
         """One vector an image.

@@ -198,6 +198,20 @@ def test_theta_zero_is_maes_form_without_another_branch():
         assert torch.equal(value, with_head.state_dict()[name])
 
 
+@pytest.mark.parametrize(("encoder", "target"), KINDS)
+def test_views_of_an_image_share_its_target(encoder, target, monkeypatch):
+    """The loss of images repeated by hand, from a target that is made once an image."""
+    model = build(encoder=encoder, target=target)
+    x = model.normalised(images())
+    masks, made, make = model.mask(x, generator()), [], DMJD.target
+    expected = model.masked_loss(x.repeat(2, 1, 1, 1), masks)
+    monkeypatch.setattr(DMJD, "target", lambda self, x: made.append(len(x)) or make(self, x))
+    loss = model.loss(batch(images()), Context(0, 10, 0, generator()))
+    assert loss.value.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert model.evaluate([batch(images())])["masked_loss"] == pytest.approx(expected.item(), abs=1e-6)
+    assert made == [4, 4]
+
+
 def test_the_order_of_the_views_does_not_matter():
     model, x = build(), build().normalised(images())
     masks = model.mask(x, generator())
@@ -222,6 +236,20 @@ def test_histograms_are_of_the_picture_not_of_its_normalised_form():
     model, x = build(target="hog").double(), images().double() / 5000
     torch.testing.assert_close(model.target(model.normalised(x)), hog_tokens(x, 4, cell=2), atol=1e-3, rtol=0)
     assert (model.target(model.normalised(x)) - hog_tokens(model.normalised(x), 4, cell=2)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("masked_error", ["l2", "smooth_l1"])
+@pytest.mark.parametrize(("encoder", "target"), KINDS)
+def test_errors_of_patches_are_of_what_is_predicted(encoder, target, masked_error):
+    """A perfect decoder makes none, whatever it predicts; one that is off by 1 at a token is wrong there alone."""
+    model, x = build(encoder=encoder, target=target, masked_error=masked_error), build().normalised(images())
+    assert model.patch_errors(x, generator()).min() > 0
+    model.decoder.forward = lambda z, hidden: model.target(x)
+    assert (model.patch_errors(x, generator()) == 0).all()
+    off = torch.zeros(4, 16, 1).index_fill_(1, torch.tensor([5]), 1.0)
+    model.decoder.forward = lambda z, hidden: model.target(x) + off
+    wanted = torch.zeros(4, 16).index_fill_(1, torch.tensor([5]), {"l2": 1.0, "smooth_l1": 0.25}[masked_error])
+    torch.testing.assert_close(model.patch_errors(x, generator()), wanted)
 
 
 def test_the_visible_head_sees_one_token_at_a_time():

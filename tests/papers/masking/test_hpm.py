@@ -103,6 +103,17 @@ def test_the_loss_put_together_by_hand():
     assert torch.allclose(found[1], guesses, atol=1e-6)
 
 
+def test_views_of_an_image_share_its_target(monkeypatch):
+    model = build(mask="disjoint", target="teacher")
+    x, made, make = model.normalised(images()), [], HPM.targets
+    masks = model.mask(x, context().generator)
+    expected = model.masked_loss(x.repeat(2, 1, 1, 1), masks)
+    monkeypatch.setattr(HPM, "targets", lambda self, x: made.append(len(x)) or make(self, x))
+    assert model.loss(batch(images()), context()).value.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert model.evaluate([batch(images())])["masked_loss"] == pytest.approx(expected.item(), abs=1e-6)
+    assert made == [4, 4]
+
+
 def test_without_the_ranking_it_is_mae():
     hpm, mae, x = build(ranking_weight=0.0, norm_pix=True), build(MAE), images()
     for a, b in ((hpm.encoder, mae.encoder), (hpm.decoder, mae.decoder)):
@@ -129,12 +140,20 @@ def test_hidden_pixels_reach_the_guess_only_as_a_target():
     assert not torch.equal(model.predicted_errors(x), model.predicted_errors(other))  # the teacher sees all
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.0])
-def test_nothing_or_everything_hidden_is_finite(ratio):
-    for ranking in ("relative", "absolute"):
-        loss = build(mask_ratio=ratio, ranking=ranking).loss(batch(images()), context(5)).value
-        assert torch.isfinite(loss)
-        loss.backward()
+@pytest.mark.parametrize("ranking", ["relative", "absolute"])
+@pytest.mark.parametrize(("ratio", "count"), [(0.0, 0), (0.05, 1), (1.0, 16)])
+def test_any_number_of_hidden_patches_is_finite(ranking, ratio, count):
+    """One hidden patch makes no pair and has no variance: only its own error is left."""
+    model = build(mask_ratio=ratio, ranking=ranking)
+    loss = model.loss(batch(images()), context(5)).value
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    hidden = model.mask(model.normalised(images()), context().generator, 0.5)
+    assert hidden.sum(1).tolist() == [count] * 4
+    assert loss.isfinite()
+    if count < 2:
+        errors, _ = model.hidden_errors(model.normalised(images()), hidden)
+        assert loss.item() == pytest.approx(errors.mean().item() if count else 0)
 
 
 def test_the_loss_repeats_with_the_same_noise():
@@ -233,9 +252,21 @@ def test_evaluation_repeats_and_weighs_batches_by_their_size():
     assert model.evaluate([batch(x)]) == model.evaluate([batch(x)])
     assert model.evaluate([]) == {}
     found = model.evaluate([batch(x)])
-    hidden = model.mask(model.normalised(x), torch.Generator().manual_seed(0))
+    hidden = random_mask(6, 4, 0.75, generator=torch.Generator().manual_seed(0))
     assert found["masked_loss"] == pytest.approx(model.masked_loss(model.normalised(x), hidden).item(), rel=1e-5)
     assert 0 <= found["pair_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("mask", ["own", "hard", "semantic", "green"])
+def test_evaluation_does_not_follow_the_teacher(mask):
+    """Another teacher, the same student: the same masks, the same figures."""
+    model, x = build(mask=mask), images()
+    normal, g = model.normalised(x), lambda: torch.Generator().manual_seed(0)
+    before, hidden = model.evaluate([batch(x)]), model.mask(normal, g())
+    for p in model.teacher.module.parameters():
+        p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(model.mask(normal, g()), hidden) == (mask in ("semantic", "green"))
+    assert model.evaluate([batch(x)]) == before
 
 
 def test_preview_shows_what_is_thought_hard():

@@ -12,7 +12,7 @@ from sfumato.engine import Options, Trainer
 from sfumato.engine.lab import Lab
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.losses import masked_patch_mse
-from sfumato.masks import NAMED_MASKS, random_mask, upsample_mask
+from sfumato.masks import NAMED_MASKS, SCORED, random_mask, upsample_mask
 from sfumato.method import Batch, Context, capabilities
 from sfumato.nn import patchify, unpatchify
 from sfumato.papers.masking.mae import MAE, MaskedConfig, MaskedImageModel, few_labels
@@ -147,12 +147,29 @@ def test_errors_of_patches_are_those_of_the_hidden_ones():
     assert (errors > 0).all()
 
 
-def test_attention_is_the_class_tokens_in_the_last_block():
-    mae = build().eval()
-    x = mae.normalised(images())
-    weights = mae.attention(x, torch.Generator())
-    last = mae.encoder(x, return_attention=True).attention[-1]
-    assert torch.allclose(weights, last[:, :, 0, 1:].mean(1))
+@pytest.mark.parametrize("positions", ["sincos", "relative"])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_attention_is_the_class_tokens_in_the_last_block(depth, positions):
+    model = build(SimMIM, depth=depth, positions=positions)
+    torch.nn.init.normal_(model.encoder.cls_token)
+    x = model.normalised(images())
+    weights = model.attention(x, torch.Generator())
+    last = model.encoder.eval()(x, return_attention=True).attention[-1]
+    assert torch.allclose(weights, last[:, :, 0, 1:].mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["attention", "patch_errors"])
+def test_scores_are_taken_at_rest_and_training_goes_on(score):
+    """Residual branches that are skipped at random in training would make the score another one every time."""
+    model = build(SimMIM, depth=3, drop_path=0.9).train()
+    model.head.eval()  # a part that rests stays at rest
+    x, g = model.normalised(images()), lambda: torch.Generator().manual_seed(0)
+    first, again = (getattr(model, score)(x, g()) for _ in range(2))
+    assert torch.equal(first, again)
+    assert model.training
+    assert model.encoder.blocks[2].training
+    assert not model.head.training
+    assert torch.equal(first, getattr(model.eval(), score)(x, g()))
 
 
 def test_learning_rate_and_groups():
@@ -238,6 +255,19 @@ def test_evaluation_repeats_and_weighs_batches_by_their_size():
     mae, x = build(), images(6)
     assert mae.evaluate([batch(x)]) == mae.evaluate([batch(x)])
     assert mae.evaluate([]) == {}
+
+
+@pytest.mark.parametrize("name", ["own", *NAMED_MASKS])
+def test_evaluation_draws_masks_that_do_not_follow_the_network(name):
+    """Those of the setting, but uniform ones in the place of what this network finds hard or attends to."""
+    model, x = build(mask=name), images()
+    masks, g = [], torch.Generator
+    model.masked_loss = lambda x, hidden: masks.append(hidden) or torch.zeros(())
+    model.evaluate([batch(x)])
+    same = build(mask="random" if name in SCORED else name)
+    assert torch.equal(masks[0], same.mask(same.normalised(x), g().manual_seed(0)))
+    if name in SCORED:
+        assert not torch.equal(masks[0], model.mask(model.normalised(x), g().manual_seed(0)))
 
 
 def test_grey_images_and_augmentation():

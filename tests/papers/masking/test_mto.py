@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from sfumato.claim import Verdict, judge
-from sfumato.data import photo_crops
+from sfumato.data import digits, photo_crops
 from sfumato.engine import Options, Trainer
 from sfumato.engine.lab import Lab
 from sfumato.method import Batch, Context
+from sfumato.nn import run_blocks
 from sfumato.papers.masking import mto
 from sfumato.papers.masking.mae import MAE
 from sfumato.papers.masking.mto import MTO, mask_token_singularity, recalibrate_attention, relative_auc
@@ -66,6 +67,40 @@ def test_visible_queries_keep_a_share_of_the_hidden_keys(keep, kept, at_random):
             assert logits[one] <= logits[one[:3]][left].min()
 
 
+@pytest.mark.parametrize("base", ["simmim", "mae"])
+@pytest.mark.parametrize(("depth", "early"), [(2, 1), (3, 2), (4, 2)])
+def test_only_the_first_half_of_the_blocks_is_recalibrated(base, depth, early):
+    """Block by block: the later ones are the plain blocks; in the earlier ones visible queries see half of the hidden keys."""
+    model = build(base, depth=depth, decoder_depth=depth)
+    x, hidden = masked(model)
+    seen = model.watched(x, hidden)
+    bias = model.encoder.embed(x, hidden, mask_token=model.base.mask_token)[1] if base == "simmim" else None
+    blocks = (model.encoder if base == "simmim" else model.base.decoder).blocks
+    for number in range(depth):
+        plain, _, _ = run_blocks(blocks[number : number + 1], seen.layers[number], bias=bias)
+        assert torch.allclose(plain, seen.layers[number + 1], atol=1e-5) == (number >= early)
+    assert len(seen.maps) == early
+    for weights in seen.maps:
+        kept = ((weights > 0) & seen.hidden[:, None, None]).sum(-1)
+        n_hidden = int(hidden[0].sum())
+        for queries, count in ((~seen.hidden, n_hidden // 2), (seen.hidden, n_hidden)):
+            assert (kept[queries[:, None].expand_as(kept)] == count).all()
+
+
+def test_random_exclusion_keeps_as_many_keys_but_others():
+    """Drawn from torch's generator, anew at every step: as many keys as the weakest leave, and not always the same."""
+    ours, control = build(depth=4), build(depth=4, exclusion="random")
+    x, hidden = masked(ours)
+    torch.manual_seed(0)
+    weakest, first, again = (m.watched(x, hidden).maps[0] > 0 for m in (ours, control, control))
+    torch.manual_seed(0)
+    assert torch.equal(first, control.watched(x, hidden).maps[0] > 0)
+    assert not torch.equal(first, again)
+    assert not torch.equal(first, weakest)
+    assert torch.equal(first.sum(-1), weakest.sum(-1))
+    assert control.masked_loss(x, hidden) != ours.masked_loss(x, hidden)
+
+
 def test_nothing_hidden_nothing_recalibrated():
     logits = torch.randn(1, 2, 4, 4)
     assert (recalibrate_attention(logits, torch.zeros(1, 4, dtype=torch.bool)) == 0).all()
@@ -86,6 +121,18 @@ def test_without_its_terms_it_is_the_base(base, kind):
     assert [model.lr_factor(p) for p in (0, 0.5, 0.9)] == [plain.lr_factor(p) for p in (0, 0.5, 0.9)]
 
 
+def test_each_base_has_its_own_recipe():
+    simmim, mae = MTO.Config(), MTO.Config.mae()
+    for ours, theirs in ((simmim, SimMIM.Config()), (mae, MAE.Config())):
+        given = ours.model_dump()
+        assert {k: given[k] for k in theirs.model_dump()} == theirs.model_dump()
+    assert (mae.base, mae.mask_ratio, mae.base_lr, mae.clip_norm, mae.betas) == ("mae", 0.75, 1.5e-4, None, (0.9, 0.95))
+    assert (mae.singularity, mae.keep, MTO.Config.mae(dim=1024).dim) == (simmim.singularity, simmim.keep, 1024)
+    with torch.device("meta"):
+        model = MTO(mae)
+    assert model.base.config == MAE.Config()
+
+
 @pytest.mark.parametrize("base", ["simmim", "mae"])
 def test_the_loss_is_the_sum_of_its_terms(base):
     model = build(base, singularity=0.3, sparsity=0.2, leak=0.1)
@@ -100,6 +147,36 @@ def test_the_loss_is_the_sum_of_its_terms(base):
     assert len(seen.layers) == len(blocks) + 1
     assert len(seen.maps) == (len(blocks) + 1) // 2
     assert not torch.allclose(bare.masked_loss(x, hidden), build(base, **NOTHING).masked_loss(x, hidden))
+
+
+@pytest.mark.parametrize("term", ["singularity", "sparsity", "leak"])
+def test_a_term_without_weight_is_not_computed(term):
+    """The others are as they were beside it; where nothing reads the attention no map is kept."""
+    whole, without = build(), build(**{term: 0.0})
+    x, hidden = masked(whole)
+    terms, left = (m.penalties(m.watched(x, hidden), hidden) for m in (whole, without))
+    assert left.keys() == terms.keys() - {term}
+    assert all(torch.allclose(left[name], terms[name]) for name in left)
+    assert len(whole.watched(x, hidden).maps) == 1
+    assert build(sparsity=0.0, leak=0.0).watched(x, hidden).maps == []
+
+
+@pytest.mark.parametrize("base", ["simmim", "mae"])
+def test_attention_is_fused_where_nobody_reads_or_changes_it(base, monkeypatch):
+    calls, fused = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
+
+    def count(**over):
+        model = build(base, **{**NOTHING, **over})
+        x, hidden = masked(model)
+        calls.clear()
+        model.masked_loss(x, hidden)
+        return len(calls)
+
+    blocks = count()
+    assert count(singularity=0.1) == blocks
+    assert count(keep=0.5) == count(sparsity=0.1) == count(leak=0.1) == blocks - 1  # of two blocks the first
+    assert blocks == (2 if base == "simmim" else 4)
 
 
 def test_the_singularity_reaches_mask_token_and_embedding_and_no_last_layer():
@@ -127,6 +204,29 @@ def test_train_save_load_and_use(base, tmp_path):
     assert [h.shape for h in model.heterogeneity_profile(*masked(model))] == [(4,)] * 3
 
 
+@pytest.mark.parametrize(("base", "kind"), [("simmim", SimMIM), ("mae", MAE)])
+def test_a_run_of_the_base_starts_all_of_it_and_the_other_way_round(base, kind):
+    def plain(seed):
+        torch.manual_seed(seed)
+        fields = {k: v for k, v in {**TINY, **DECODER}.items() if k in kind.Config.model_fields}
+        return kind(kind.Config.small(**fields))
+
+    ours, theirs = build(base), plain(1)
+    started = MTO.init_from(ours.config, theirs)
+    assert started.base.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in started.base.state_dict().items())
+    back = kind.init_from(plain(2).config, ours)
+    assert all(torch.equal(v, ours.base.state_dict()[k]) for k, v in back.state_dict().items())
+    again = MTO.init_from(ours.config, ours)
+    assert all(torch.equal(v, ours.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_another_base_gives_its_encoder():
+    other = build("simmim", positions="sincos", dim=20)
+    started = MTO.init_from(build("mae", dim=20).config, other)
+    assert torch.equal(started.encode(images()), other.encode(images()))
+
+
 def test_a_loss_may_be_asked_again():
     model = build(exclusion="random")
     batch = Batch(images(), torch.arange(4))
@@ -143,13 +243,44 @@ def test_relative_area():
     assert np.isnan(relative_auc([1.0, 1.0], [1.0, 1.0], 1.0))
 
 
-def test_the_claims_in_small(monkeypatch):
-    """A fiftieth of the training cannot win; the arms must differ, and a better arm must be found better."""
-    monkeypatch.setattr(mto, "MARKS", (50, 100, 200, 400))
+def test_half_the_steps_in_small(monkeypatch):
+    """A hundredth of the training cannot win; every arm must be trained, looked at and judged against SimMIM."""
+    few = [Batch(d.x[:200], d.index[:200], d.label[:200]) for d in digits(seed=0)]
+    monkeypatch.setattr("sfumato.data.digits", lambda seed: few)
+    lab = Lab(0, budget=0.01)
+    figures = mto.half_the_steps.run(lab)
+    halves = {"SimMIM, half the steps", "MTO, half the steps"}
+    assert set(figures) == {"untrained", *mto.ARMS, *halves}
+    assert all(np.isfinite(v) for arm in figures.values() for v in arm.values())
+    assert all(0 <= arm[name] <= 1 for arm in figures.values() for name in ("accuracy", "linear probe"))
+    for measure in ("RAUC of the error", "RAUC of the probe"):
+        assert figures["SimMIM"][measure] == 1
+    assert len({figures[arm]["hidden error"] for arm in mto.ARMS}) == len(mto.ARMS)
+    assert len(lab.curves) == 2 * len(mto.ARMS)
+    assert all(c["x"] == [0, *mto.MARKS] and len(c["y"]) == 5 for c in lab.curves)
+    assert {c["y"][0] for c in lab.curves if c["ylabel"] == "accuracy of a linear probe"} == {
+        figures["untrained"]["linear probe"]
+    }
+    assert len(judge(mto.half_the_steps, [figures]).findings) == 2
+
+
+def test_the_claims_can_be_won_and_lost():
+    won = {
+        "SimMIM": {"accuracy": 0.5, "RAUC of the error": 1.0},
+        "MTO, half the steps": {"accuracy": 0.6},
+        "MTO": {"RAUC of the error": 1.2},
+    }
+    lost = {
+        "SimMIM": {"accuracy": 0.6, "RAUC of the error": 1.0},
+        "MTO, half the steps": {"accuracy": 0.5},
+        "MTO": {"RAUC of the error": 0.9},
+    }
+    assert judge(mto.half_the_steps, [won] * 5).verdict is Verdict.REPRODUCED
+    assert judge(mto.half_the_steps, [lost] * 5).verdict is Verdict.NOT_REPRODUCED
+
+
+def test_the_profile_in_small():
+    """A fiftieth of the training: the arms must differ."""
     figures = mto.profile.run(Lab(0, budget=0.02))
     assert figures["SimMIM"] != figures["singularity alone"]
     assert all(0 <= v <= 1 for arm in figures.values() for v in arm.values())
-    won = {"SimMIM": {"accuracy": 0.5, "RAUC": 1.0}, "MTO, half the steps": {"accuracy": 0.6}, "MTO": {"RAUC": 1.2}}
-    lost = {"SimMIM": {"accuracy": 0.6, "RAUC": 1.0}, "MTO, half the steps": {"accuracy": 0.5}, "MTO": {"RAUC": 0.9}}
-    assert judge(mto.half_the_steps, [won] * 5).verdict is Verdict.REPRODUCED
-    assert judge(mto.half_the_steps, [lost] * 5).verdict is Verdict.NOT_REPRODUCED

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sfumato.claim import Better, Figures, Holds, Lab, claim
-from sfumato.masks import NoiseBank, color_noise_mask, mask_difficulty
+from sfumato.masks import COLORS, NoiseBank, color_noise_mask, mask_difficulty
 from sfumato.metrics import radial_spectrum
 from sfumato.papers.masking.mae import MAE
 
@@ -62,7 +62,6 @@ class ColorMAE(MAE):
 
 # ---- claim A: what the colours do to a mask, without training
 
-COLORS = ("white", "red", "blue", "green", "purple")
 SCENES = ("astronaut", "coffee", "chelsea", "camera", "rocket")
 
 

@@ -38,7 +38,7 @@ from typing_extensions import Self
 from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.errors import BadSetting
 from sfumato.losses import masked_mean
-from sfumato.masks import count_hidden, disjoint_masks, random_mask, take_tokens, to_ids
+from sfumato.masks import as_views, count_hidden, disjoint_masks, random_mask, take_tokens, to_ids
 from sfumato.method import Batch, Context
 from sfumato.nn import ConvStemViT, MaskedDecoder, MaskedViTEncoder, hog_image, hog_tokens, patchify, unpatchify
 from sfumato.optim import lr_for_batch
@@ -231,18 +231,33 @@ class DMJD(MaskedImageModel):
         return F.layer_norm(patches, patches.shape[-1:], eps=PIXEL_EPS)
 
     def errors(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean error of the hidden tokens, and of the visible ones (0 without that branch), of normalised images."""
+        """Mean error of the hidden tokens, and of the visible ones (0 without that branch), of normalised images.
+
+        Args:
+            x: `[B, C, H, W]`.
+            hidden: `[V B, L]` bool, all first views first; the target of an image is made once.
+        """
         c = self.config
         z = self.encoder(x, hidden)
         visible = None if self.visible_head is None else self.visible_head(z[:, self.encoder.prefix :])
+        target = as_views(self.target(x), hidden)
         return joint_errors(
-            self.decoder(z, hidden), visible, self.target(x), hidden, masked_error=c.masked_error, visible_error=c.visible_error
+            self.decoder(z, hidden), visible, target, hidden, masked_error=c.masked_error, visible_error=c.visible_error
         )
+
+    def errors_under(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The decoder's error of each token, as the loss has it: of histograms or normalised pixels, `[B, L]`."""
+        predicted = self.decoder(self.encoder(x, hidden), hidden)
+        return ERRORS[self.config.masked_error](predicted, self.target(x)).mean(-1)
 
     def masked_loss(self, x: Tensor, hidden: Tensor) -> Tensor:
         """The error of the hidden tokens plus θ times that of the visible ones."""
         masked, visible = self.errors(x, hidden)
         return masked + self.config.theta * visible
+
+    def loss_of_views(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The same: what views share is done once in it."""
+        return self.masked_loss(x, hidden)
 
     def predict_image(self, x: Tensor, hidden: Tensor) -> Tensor:
         """The prediction as an image: pixels with their patch's own mean and deviation, or histograms drawn as lines."""

@@ -37,11 +37,11 @@ from typing_extensions import Self
 from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.errors import BadSetting
 from sfumato.losses import masked_mean, masked_patch_mse, normalize_patches, pairwise_ranking
-from sfumato.masks import fill, hard_mask, random_mask, to_ids, upsample_mask
+from sfumato.masks import as_views, fill, hard_mask, random_mask, to_ids, upsample_mask
 from sfumato.method import Batch, Context, Method, Result, Step
 from sfumato.nn import initialise_linear, patchify, vit_block
 from sfumato.optim import EMA, linear_ramp
-from sfumato.papers.masking.mae import MAE, as_views
+from sfumato.papers.masking.mae import MAE
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -79,11 +79,11 @@ def absolute_ranking(pred: Tensor, errors: Tensor) -> Tensor:
         errors: `[B, N]`, of the hidden patches; no gradient.
 
     Returns:
-        A scalar, 0 for no patches.
+        A scalar; 0 for fewer than two patches, which have no variance.
     """
-    if not errors.shape[1]:
-        return pred.sum()
     pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
+    if errors.shape[1] < 2:
+        return 0 * pred.sum()
     return F.mse_loss(pred, normalize_patches(errors.detach()).to(pred.dtype))
 
 
@@ -172,6 +172,10 @@ class HPM(MAE):
             return super().own_mask(x, generator, progress)
         return hard_mask(self.predicted_errors(x), self.config.mask_ratio, share, generator=generator)
 
+    def evaluation_mask(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """MAE's instead of the paper's, which follows the teacher."""
+        return super().own_mask(x, generator) if self.config.mask == "own" else super().evaluation_mask(x, generator)
+
     # ---- losses
 
     def targets(self, x: Tensor) -> Tensor:
@@ -186,11 +190,14 @@ class HPM(MAE):
             return tokens
 
     def hidden_errors(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors of the hidden patches and the student's guesses of them, both `[B, n]` in raster order."""
+        """Errors of the hidden patches and the student's guesses of them, both `[B, n]` in raster order.
+
+        With masks `[V B, L]` both are `[V B, n]`, and the target of an image is made once.
+        """
         z = self.encoder(x, hidden)
         tokens = self.decoder.tokens(z, hidden)
-        predicted = self.decoder.decode(tokens)
-        errors = masked_patch_mse(predicted, self.targets(x), hidden, norm=self.config.norm_pix, reduction="none")
+        predicted, target = self.decoder.decode(tokens), as_views(self.targets(x), hidden)
+        errors = masked_patch_mse(predicted, target, hidden, norm=self.config.norm_pix, reduction="none")
         visible = z.shape[1] - self.encoder.prefix
         places, _ = to_ids(~hidden, n_keep=hidden.shape[1] - visible)
         return errors.gather(1, places), self.predictor(tokens).gather(1, places)
@@ -198,6 +205,10 @@ class HPM(MAE):
     def masked_loss(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Error of the hidden patches, and how badly it was foreseen which of an image's are larger."""
         return self._joined(*self.hidden_errors(x, hidden))
+
+    def loss_of_views(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The same: what views share is done once in it."""
+        return self.masked_loss(x, hidden)
 
     def _joined(self, errors: Tensor, guesses: Tensor) -> Tensor:
         rank = pairwise_ranking if self.config.ranking == "relative" else absolute_ranking
@@ -258,13 +269,16 @@ class HPM(MAE):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The loss and its first part on held-out images, and the share of pairs whose order was foreseen; always one mask."""
+        """The loss and its first part on held-out images, and the share of pairs whose order was foreseen.
+
+        Masks are random, and the same every time: what the teacher finds hard is another mask for every checkpoint.
+        """
         generator = torch.Generator(self.device).manual_seed(0)
         totals, count = torch.zeros(3, device=self.device), 0
         for batch in batches:
             x = self.normalised(self.to_size(batch.x))
-            hidden = self.mask(x, generator)
-            errors, guesses = self.hidden_errors(as_views(x, hidden), hidden)
+            hidden = self.evaluation_mask(x, generator)
+            errors, guesses = self.hidden_errors(x, hidden)
             figures = (self._joined(errors, guesses), _mean(errors), pair_accuracy(guesses, errors))
             totals += torch.stack([f.float() for f in figures]) * len(batch)
             count += len(batch)

@@ -24,16 +24,16 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
 from sfumato.claim import Better, Figures, Lab, claim
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.losses import masked_patch_mse, patch_statistics
-from sfumato.masks import SCORED, fill, named_mask, random_mask, upsample_mask
+from sfumato.masks import SCORED, as_views, fill, named_mask, random_mask, upsample_mask
 from sfumato.method import Batch, Context, Loss, Method, MethodConfig, Step
-from sfumato.nn import MaskedDecoder, MaskedViTEncoder, patchify, unpatchify
+from sfumato.nn import MaskedDecoder, MaskedViTEncoder, eval_mode, patchify, run_blocks, unpatchify
 from sfumato.optim import cosine_warmup, lr_for_batch
 
 COLOR_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -109,6 +109,10 @@ class MaskedImageModel(Method):
         """The loss of normalised images `[B, C, H, W]` under a mask `[B, L]`: a mean over samples."""
         raise NotImplementedError
 
+    def loss_of_views(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The same under masks `[V B, L]`; for methods that do once what the views of an image share, such as the target."""
+        return self.masked_loss(as_views(x, hidden), hidden)
+
     def predict_image(self, x: Tensor, hidden: Tensor) -> Tensor:
         """What the network expects to see everywhere, as normalised images `[B, C, H, W]`."""
         raise NotImplementedError
@@ -127,21 +131,35 @@ class MaskedImageModel(Method):
         scores = {"hard": self.patch_errors, "semantic": self.attention}[name](x, generator) if name in SCORED else None
         return named_mask(name, len(x), self.encoder.grid, c.mask_ratio, scores=scores, progress=progress, generator=generator)
 
+    def evaluation_mask(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """As `mask` at the end of the training; uniformly random where that would follow the network, to compare networks."""
+        if self.config.mask in SCORED:
+            return random_mask(len(x), self.encoder.grid, self.config.mask_ratio, generator=generator)
+        return self.mask(x, generator)
+
     @torch.no_grad()
     def patch_errors(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """How wrong the network is on each patch while it is hidden: mean squared error of its pixels, `[B, L]`.
+        """How wrong the network is on each patch while it is hidden, by `errors_under`: `[B, L]`.
 
-        Every patch is hidden once, in one of two complementary halves: two forward passes.
+        Every patch is hidden once, in one of two complementary halves: two forward passes, in eval mode.
         """
         half = random_mask(len(x), self.encoder.grid, 0.5, generator=generator)
-        first, second = (
-            patchify((self.predict_image(x, hidden) - x).square(), self.encoder.patch).mean(-1) for hidden in (half, ~half)
-        )
-        return torch.where(half, first, second)
+        with eval_mode(self):
+            return torch.where(half, self.errors_under(x, half), self.errors_under(x, ~half))
+
+    def errors_under(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The error of each patch under a mask `[B, L]`: the mean square of its pixels', or that of a method's own target.
+
+        Returns:
+            `[B, L]`, of which the hidden patches matter.
+        """
+        return patchify((self.predict_image(x, hidden) - x).square(), self.encoder.patch).mean(-1)
 
     @torch.no_grad()
     def attention(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """How much each patch is attended to in the last block, by the class token where there is one: `[B, L]`, mean of heads.
+
+        In eval mode; all blocks but the last keep their fused attention.
 
         Raises:
             BadSetting: an encoder without attention.
@@ -149,8 +167,12 @@ class MaskedImageModel(Method):
         del generator  # nothing is drawn
         if not isinstance(self.encoder, MaskedViTEncoder):
             raise BadSetting(f"mask=semantic asks for attention, and a {type(self.encoder).__name__} has none: take another mask")
-        last = self.encoder(x, return_attention=True).attention[-1].mean(1)
-        prefix = self.encoder.prefix
+        blocks, prefix = self.encoder.blocks, self.encoder.prefix
+        with eval_mode(self.encoder):
+            z, bias = self.encoder.embed(x)
+            z, _, _ = run_blocks(blocks[:-1], z, bias=bias)
+            _, _, maps = run_blocks(blocks[-1:], z, bias=bias, attention=True)
+        last = maps[0].mean(1)
         return last[:, 0, prefix:] if prefix else last.mean(1)
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
@@ -164,7 +186,7 @@ class MaskedImageModel(Method):
             raise BadData(f"pictures are {height} x {width}, the network takes {side} x {side}: set image_size, or crop them")
         x = self.normalised(batch.x)
         hidden = self.mask(x, ctx.generator, ctx.progress)
-        return Loss(self.masked_loss(as_views(x, hidden), hidden), len(batch))
+        return Loss(self.loss_of_views(x, hidden), len(batch))
 
     def steps(self, ctx: Context) -> Any:
         """One step of AdamW at this moment's learning rate."""
@@ -210,15 +232,17 @@ class MaskedImageModel(Method):
             method.encoder.load_state_dict(previous.encoder.state_dict())
         except RuntimeError:
             ours, theirs = method.encoder.settings, previous.encoder.settings
-            if ours.keys() != theirs.keys():
-                kinds = [type(model.encoder).__name__ for model in (previous, method)]
-                raise BadCheckpoint("the run's encoder is a {}, this method's a {}".format(*kinds)) from None
             unlike = [f"{k}={theirs[k]}" for k in ours if ours[k] != theirs[k]]
             raise BadCheckpoint(f"the run's encoder has other settings: use {', '.join(unlike)}") from None
-        own = method.state_dict()
-        alike = {k: v for k, v in previous.state_dict().items() if isinstance(v, Tensor) and k in own and v.shape == own[k].shape}
-        method.load_state_dict(alike, strict=False)
+        own, theirs = method.core.state_dict(), previous.core.state_dict()
+        alike = {k: v for k, v in theirs.items() if isinstance(v, Tensor) and k in own and v.shape == own[k].shape}
+        method.core.load_state_dict(alike, strict=False)
         return method
+
+    @property
+    def core(self) -> nn.Module:
+        """Where encoder, decoder, head and mask token have the names of the family: here, or in what a method wraps."""
+        return self
 
     # ---- use
 
@@ -253,13 +277,13 @@ class MaskedImageModel(Method):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The loss on held-out images, under masks that are the same every time."""
+        """The loss on held-out images, under masks that are the same every time and for every checkpoint."""
         generator = torch.Generator(self.device).manual_seed(0)
         total = count = 0.0
         for batch in batches:
             x = self.normalised(self.to_size(batch.x))
-            hidden = self.mask(x, generator)
-            total += float(self.masked_loss(as_views(x, hidden), hidden)) * len(batch)
+            hidden = self.evaluation_mask(x, generator)
+            total += float(self.loss_of_views(x, hidden)) * len(batch)
             count += len(batch)
         return {"masked_loss": total / count} if count else {}
 
@@ -336,12 +360,6 @@ class MAE(MaskedImageModel):
             mean, var = patch_statistics(patchify(x, c.patch))
             predicted = predicted * var.sqrt() + mean
         return unpatchify(predicted, c.patch, self.encoder.grid, self.channels)
-
-
-def as_views(x: Tensor, hidden: Tensor) -> Tensor:
-    """Images repeated for the rows of their masks, `[V B, C, H, W]`: all first views first."""
-    views = len(hidden) // len(x)
-    return x if views == 1 else x.repeat(views, *(1,) * (x.ndim - 1))
 
 
 def _fitted(x: Tensor, size: int) -> Tensor:
