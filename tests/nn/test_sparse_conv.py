@@ -316,6 +316,8 @@ def test_half_precision_keeps_its_type():
 def test_what_does_not_fit_is_told():
     with pytest.raises(BadSetting, match=r"1 is a GroupNorm, which has no sparse form"):
         sparsify(nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)))
+    with pytest.raises(BadSetting, match=r"model.layer1.0.se is a EcaModule, which has no sparse form"):
+        sparsify(timm.create_model("ecaresnet26t", features_only=True, feature_cls="getter"))
     with pytest.raises(BadSetting, match="call sparsify on it first"), set_hidden(nn.Conv2d(3, 4, 1), some_holes()):
         pass
     net = sparsify(nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1)))

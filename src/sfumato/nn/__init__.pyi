@@ -4,7 +4,6 @@ from .attention_capture import QKV as QKV
 from .attention_capture import capture_qkv as capture_qkv
 from .blind_spot import CentreMaskedConv2d as CentreMaskedConv2d
 from .blind_spot import ConditionalBlindSpotNet as ConditionalBlindSpotNet
-from .conv_encoder import ConvEncoder as ConvEncoder
 from .conv_stem_vit import ConvStemViT as ConvStemViT
 from .conv_stem_vit import MaskedConvBlock as MaskedConvBlock
 from .feature_pyramid import FeaturePyramid as FeaturePyramid

@@ -214,7 +214,8 @@ NAMED: dict[str, type[_SparseLayer]] = {
 }  # fmt: skip
 """Layers of timm and torchvision, by the name of their class: neither is imported for it."""
 MIXING = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.ConvTranspose2d, nn.MultiheadAttention)
-"""Layers that mix positions and have no sparse form here."""
+MIXING_NAMED = ("Attention", "Attn", "Cbam", "EcaModule", "GatherExcite", "GlobalContext", "Lambda")
+"""Layers that mix positions and have no sparse form here: by class, and those of timm by what their names hold."""
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -263,13 +264,14 @@ def sparsify(module: nn.Module, *, inplace: bool = False) -> nn.Module:
         The sparse network, which computes like the dense one outside of `set_hidden`.
 
     Raises:
-        BadSetting: a layer that mixes positions and has no sparse form (group norm, transposed convolution, attention).
+        BadSetting: a layer that mixes positions and has no sparse form (group norm, transposed convolution, attention, and what gates by
+            a mean over positions, except squeeze and excitation).
 
     Reference:
         Tian et al. 2023, official `dense_model_to_sparse`.
     """
     for name, m in module.named_modules():
-        if isinstance(m, MIXING):
+        if isinstance(m, MIXING) or any(word in type(m).__name__ for word in MIXING_NAMED):
             raise BadSetting(
                 f"{name or 'the module'} is a {type(m).__name__}, which has no sparse form: take a network without it"
             )
