@@ -120,7 +120,7 @@ class _BatchNorm(_SparseLayer):
     def forward(self, x: Tensor) -> Tensor:
         holes, sync, m = self.holes, self._sync(), self
         whole = holes is None or holes.packed or holes.pooled(x)
-        if whole and sync is None:
+        if whole and sync is None and not isinstance(self, nn.SyncBatchNorm):  # torch's own asks for a GPU, alone on a CPU too
             return self._dense(x)
         y = self._normalise(x, None if whole or holes is None else holes.at(*x.shape[2:]), sync)
         for name in ("drop", "act"):  # of timm's norms with an activation
@@ -182,13 +182,15 @@ class _Squeeze(_SparseLayer):
 
 
 class _ResponseNorm(_SparseLayer):
-    """A norm over all positions, to which zeros add nothing."""
+    """A norm over all positions, to which zeros add nothing; its bias would fill the holes."""
 
     def forward(self, x: Tensor) -> Tensor:
         holes, m = self.holes, self
-        if holes is None or not holes.packed:
+        if holes is None:
             return self._dense(x)
         last = m.channel_dim == -1
+        if not holes.packed:
+            return holes.blank(self._dense(x), channels_last=last)
         y = self._dense(holes.unpack(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if last else holes.unpack(x))
         return holes.pack(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if last else holes.pack(y)
 
