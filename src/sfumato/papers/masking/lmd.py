@@ -10,7 +10,7 @@ encoder takes eleven times MAE's whole forward pass; in every step it makes LMD 
 speed-up needs `sfumato.data.LatentCache`, which encodes once and stores a few views of each picture:
 
     pictures, method = open_data("my_photos/"), LMD(LMD.Config(vae="FOLDER"))
-    method.survey(pictures.gather(torch.tensor([i])) for i in range(len(pictures)))  # reads the VAE, or fits a PCA
+    method.survey(pictures.gather(i[None]) for i in torch.randperm(len(pictures)))  # reads the VAE, or fits a PCA
     cache = LatentCache(method.codec, pictures, "my_photos.safetensors", views=2, augment=method.augment())
     fit(method, cache)
 
@@ -37,7 +37,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -58,7 +58,7 @@ from sfumato.papers.masking.mae import MAE, SMALL_ENCODER, MaskedConfig, MaskedI
 from sfumato.probes import finetune_probe
 
 PCA_PICTURES = 4096
-"""Pictures of the training data that the PCA is fitted on: the first ones."""
+"""Pictures of the training data that the PCA is fitted on, about: the first ones of those that `survey` is given."""
 
 
 class LMD(MaskedImageModel):
@@ -198,7 +198,7 @@ class LMD(MaskedImageModel):
     # ---- pictures and latents
 
     def survey(self, batches: Iterable[Batch]) -> None:
-        """Read the VAE, or fit the PCA on the first pictures; a codec that is known stays.
+        """Read the VAE, or fit the PCA on the first pictures, which should be a random few; a codec that is known stays.
 
         Raises:
             BadSetting: codec=vae without `vae`, or one of another shape.
@@ -208,17 +208,21 @@ class LMD(MaskedImageModel):
         if self.surveyed:
             return
         if self.config.codec == "pca":
-            pictures: list[Tensor] = []
-            for batch in batches:
-                if self._are_latents(batch.x):
-                    raise BadData("these are latents, of a PCA that is not known here: give the pictures to survey() first")
-                pictures.append(self.to_size(batch.x))
-                if sum(map(len, pictures)) >= PCA_PICTURES:
-                    break
-            if not pictures:
-                raise BadData("a PCA is fitted on pictures: give survey() batches of some")
-            self.codec.fit(torch.cat(pictures))
+            self.codec.fit(self._first_pictures(batches))
         self.surveyed = True
+
+    def _first_pictures(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """As many as the PCA is fitted on, a batch at a time."""
+        count = 0
+        for batch in batches:
+            if self._are_latents(batch.x):
+                raise BadData("these are latents, of a PCA that is not known here: give the pictures to survey() first")
+            yield self.to_size(batch.x)
+            count += len(batch)
+            if count >= PCA_PICTURES:
+                return
+        if not count:
+            raise BadData("a PCA is fitted on pictures: give survey() batches of some")
 
     def normalised(self, x: Tensor) -> Tensor:
         """What the network sees: latents `[B, c, h, w]` of pictures of any size, or latents of `codec` as a cache has them.
