@@ -18,11 +18,11 @@ from .distance import laplace_relative_nll as laplace_relative_nll
 from .gram import gaussian_gram as gaussian_gram
 from .gram import median_bandwidth as median_bandwidth
 from .gram import squared_distances as squared_distances
+from .masked import denormalize_patches as denormalize_patches
 from .masked import masked_l1 as masked_l1
 from .masked import masked_mean as masked_mean
 from .masked import masked_patch_mse as masked_patch_mse
 from .masked import normalize_patches as normalize_patches
-from .masked import patch_statistics as patch_statistics
 from .masked import weighted_l1 as weighted_l1
 from .ranking import pairwise_ranking as pairwise_ranking
 from .relations import feature_distill as feature_distill

@@ -49,7 +49,7 @@ from typing_extensions import Self
 
 from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.errors import BadData, BadSetting
-from sfumato.losses import masked_mean, masked_patch_mse, patch_statistics
+from sfumato.losses import denormalize_patches, masked_mean, masked_patch_mse
 from sfumato.masks import fill, random_mask, ratio_schedule, upsample_mask
 from sfumato.method import Batch, Context, Loss, Method
 from sfumato.nn import DiffusersVAE, IdentityCodec, MaskedDecoder, MaskedViTEncoder, PatchPCA, patchify, unpatchify
@@ -154,8 +154,7 @@ class LMD(MaskedImageModel):
         """The prediction as latents; normalised tokens get their own mean and deviation back."""
         predicted = self.predict_patches(x, hidden)
         if self.config.norm_pix:
-            mean, var = patch_statistics(patchify(x, self.config.patch))
-            predicted = predicted * var.sqrt() + mean
+            predicted = denormalize_patches(predicted, patchify(x, self.config.patch))
         return unpatchify(predicted, self.config.patch, self.encoder.grid, self.latent_shape[0])
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:

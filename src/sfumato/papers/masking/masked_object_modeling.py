@@ -40,7 +40,7 @@ from typing_extensions import Self
 from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.data.boxes import Boxes, box_rows, center_heatmap, jitter_boxes, pad_boxes, resized_crops
 from sfumato.errors import BadData, BadSetting
-from sfumato.losses import laplace_relative_nll, masked_mean, normalize_patches, patch_statistics
+from sfumato.losses import denormalize_patches, laplace_relative_nll, masked_mean, normalize_patches
 from sfumato.masks import mask_from_scores, random_mask, upsample_mask
 from sfumato.masks.random_masks import Grid, grid_shape
 from sfumato.method import Batch, Context, Loss, Method, MethodConfig, Step
@@ -567,8 +567,7 @@ class MoM(Method):
         assert objects.predicted is not None and objects.crops is not None  # noqa: PT018
         if not self.config.norm_pix:
             return objects.predicted
-        mean, var = patch_statistics(object_cells(objects.crops, self.head.grid))
-        return objects.predicted * var.sqrt() + mean
+        return denormalize_patches(objects.predicted, object_cells(objects.crops, self.head.grid))
 
     @torch.no_grad()
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
