@@ -222,16 +222,22 @@ def test_encode_and_export():
 def test_teachers_are_copies_of_the_vit_inside_a_model():
     source = mae()
     teacher = Teacher.of(source)
-    tokens, seen = teacher(images(), [1])
-    assert torch.allclose(tokens, source.encoder(source.normalised(images()))[:, 1:], atol=1e-6)
-    assert list(seen) == [1]
+    tokens = teacher(images())
+    with capture_qkv(source.encoder, [0, 1]) as theirs:
+        assert torch.allclose(tokens, source.encoder(source.normalised(images()))[:, 1:], atol=1e-6)
+    ran: list[int] = []
+    for i, block in enumerate(teacher.vit.blocks):
+        block.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
+    seen = teacher.relations(images(), [0, 1])
+    assert all(torch.allclose(a, b, atol=1e-6) for i in (0, 1) for a, b in zip(seen[i], theirs[i], strict=True))
+    assert ran == [0]  # nothing behind the last layer that is read
     with torch.no_grad():
         source.encoder.norm.weight.zero_()
-    assert torch.equal(teacher(images())[0], tokens)
+    assert torch.equal(teacher(images()), tokens)
     assert not any(p.requires_grad for p in teacher.parameters())
     again = Teacher(teacher.settings)
     again.load_state_dict(teacher.state_dict())
-    assert torch.equal(again(images())[0], tokens)
+    assert torch.equal(again(images()), tokens)
     with pytest.raises(BadSetting, match="Linear has no vision transformer"):
         Teacher.of(torch.nn.Linear(1, 1))
 
@@ -241,7 +247,7 @@ def test_a_classifier_teaches_by_its_own_statistics():
     sizes = {"channels": 3, "classes": 2, "image_size": 16, "mean": 0.4, "std": 0.3}
     encoder = MaskedViTEncoder(16, 4, 3, dim=24, depth=1, heads=2).settings
     source = Classifier(Classifier.Config.small(model="vit", **sizes, encoder_settings=encoder)).eval()
-    tokens, _ = Teacher.of(source)(images())
+    tokens = Teacher.of(source)(images())
     assert torch.allclose(tokens.mean(1), source.encode(images()), atol=1e-5)
 
 
@@ -251,7 +257,7 @@ def test_a_plain_vit_teaches_without_a_name():
     vit.fc_norm, vit.norm = torch.nn.Identity(), torch.nn.LayerNorm(32, eps=1e-6)
     teacher = Teacher.of(vit.eval())
     mean, std = (torch.tensor(s).view(3, 1, 1) for s in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    assert torch.allclose(teacher(images(size=64))[0], vit.forward_features((images(size=64) - mean) / std), atol=1e-4)
+    assert torch.allclose(teacher(images(size=64)), vit.forward_features((images(size=64) - mean) / std), atol=1e-4)
     with pytest.raises(BadSetting, match="class token False, the student True"):
         HybridDistill(HybridDistill.Config.small(**{**TINY, "dim": 32, "depth": 2}), relation_teacher=teacher.vit)
     vit.blocks[0].attn.q_norm = torch.nn.LayerNorm(16)  # no longer plain, and no name to build it by
@@ -274,8 +280,8 @@ def test_a_timm_model_that_is_no_plain_vit_is_built_again_by_its_name():
     x = images(2, 1, 160)
     mean, std = (torch.tensor(vit.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
     expected = vit.forward_features((x.expand(-1, 3, -1, -1) - mean) / std)[:, vit.num_prefix_tokens :]
-    assert torch.allclose(again(x)[0], expected, atol=1e-4)
-    assert again(images(1, 3, 80))[0].shape[1] == expected.shape[1]
+    assert torch.allclose(again(x), expected, atol=1e-4)
+    assert again(images(1, 3, 80)).shape == expected[:1].shape
 
 
 def test_teachers_that_do_not_fit_are_refused_in_one_line():
@@ -287,6 +293,9 @@ def test_teachers_that_do_not_fit_are_refused_in_one_line():
         build_student(feature=mae(channels=1))
     grey = build_student(channels=1)  # a colour teacher of grey pictures
     assert grey.distillation(grey.normalised(images(channels=1)), nothing_hidden())[1] > 0
+    with pytest.raises(BadSetting, match="relation_layers is empty: name a layer, or set relation_weight=0"):
+        build_student(relation_layers=())
+    assert build_student(relation_layers=(), relation_weight=0.0).relation_layers == ()
     alone = HybridDistill(HybridDistill.Config.small(**TINY))
     with pytest.raises(BadSetting, match="relation_teacher=MODULE"):
         alone.distillation(images(), nothing_hidden())
@@ -315,7 +324,7 @@ def test_teachers_named_by_runs_travel_in_the_checkpoint(tmp_path):
     }
     named = {name: str(run.path) for name, run in teachers.items()}
     model = build(HybridDistill, Facts(16, 3), preset="small", settings={**TINY, **named})
-    assert torch.equal(model.teachers["feature"](images())[0], Teacher.of(load(named["feature_teacher"]))(images())[0])
+    assert torch.equal(model.teachers["feature"](images()), Teacher.of(load(named["feature_teacher"]))(images()))
     run = run_of(tmp_path, "hybrid-distill", model, data)
     for teacher in teachers.values():
         teacher.path.rename(teacher.path.with_name(f"moved-{teacher.path.name}"))

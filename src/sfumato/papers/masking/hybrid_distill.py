@@ -142,21 +142,28 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, x: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, dict[int, QKV]]:
-        """Last patch tokens `[B, L, D]`, and queries, keys and values of some layers.
+    def forward(self, x: Tensor) -> Tensor:
+        """Last patch tokens `[B, L, D]` of pictures `[B, C, H, W]` in [0, 1].
 
-        Args:
-            x: `[B, C, H, W]` in [0, 1]; resized where the teacher takes another size; grey is taken for colour.
-            layers: which, 0 is the first.
+        They are resized where the teacher takes another size; grey is taken for colour.
         """
+        return self._tokens(x)[:, self.prefix :]
+
+    @torch.no_grad()
+    def relations(self, x: Tensor, layers: Sequence[int]) -> dict[int, QKV]:
+        """Queries, keys and values of some layers, 0 is the first, of pictures as for `forward`; blocks after them do not run."""
+        with capture_qkv(self.vit, layers, stop=True) as seen:
+            self._tokens(x)
+        return seen
+
+    def _tokens(self, x: Tensor) -> Tensor:
         if x.shape[1] == 1:
             x = x.expand(-1, self.channels, -1, -1)
         if list(x.shape[2:]) != self.size:
             x = F.interpolate(x, self.size, mode="bicubic", antialias=True)
         x = (x - self.mean) / self.std
-        with capture_qkv(self.vit, layers) as seen:
-            tokens: Tensor = self.vit(x) if isinstance(self.vit, MaskedViTEncoder) else self.vit.forward_features(x)
-        return tokens[:, self.prefix :], seen
+        tokens: Tensor = self.vit(x) if isinstance(self.vit, MaskedViTEncoder) else self.vit.forward_features(x)
+        return tokens
 
 
 class HybridDistill(MaskedImageModel):
@@ -222,6 +229,8 @@ class HybridDistill(MaskedImageModel):
             raise BadSetting(
                 f"there is no layer {wrong[0]} to learn relations or drop tokens at: depth={c.depth} has 0 to {c.depth - 1}"
             )
+        if c.relation_weight and not self.relation_layers:
+            raise BadSetting("relation_layers is empty: name a layer, or set relation_weight=0")
         self.teachers = nn.ModuleDict()
         for role, given in zip(ROLES, (relation_teacher, feature_teacher)):
             settings = getattr(c, f"{role}_teacher_settings")
@@ -327,11 +336,11 @@ class HybridDistill(MaskedImageModel):
         relation = feature = x.new_zeros(())
         if c.relation_weight:
             teacher = self._teacher("relation")
-            _, theirs = teacher(picture, self.relation_layers)
+            theirs = teacher.relations(picture, self.relation_layers)
             losses = [self._relation(own, theirs[i], ids, teacher.prefix) for i, (own, ids) in student.relations.items()]
             relation = torch.stack(losses).mean()
         if c.feature_weight:
-            target = take_tokens(self._teacher("feature")(picture)[0], student.ids)
+            target = take_tokens(self._teacher("feature")(picture), student.ids)
             feature = feature_distill(self.projector(student.patches), target, whiten=c.whiten, beta=c.smooth_l1_beta)
         return relation, feature
 
