@@ -183,7 +183,8 @@ def test_each_picture_is_blurred_by_itself():
 
 
 def test_a_decoder_between_vit_and_head():
-    model, x = build(decoder_depth=1, decoder_dim=16, decoder_heads=2), images()
+    model, x = build(decoder_depth=1, decoder_dim=16, decoder_heads=2, mlp_ratio=2), images()
+    assert model.decoder.blocks[0].mlp.fc1.out_features == 32
     model.loss(batch(x), context()).value.backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []

@@ -107,7 +107,9 @@ class MFM(MaskedImageModel):
             self.encoder = convnet  # type: ignore[assignment]
         if c.decoder_depth:
             numbers = c.patch**2 * self.channels
-            self.decoder = MaskedDecoder(c.dim, c.decoder_dim, c.decoder_depth, c.decoder_heads, numbers, self.encoder.grid)
+            self.decoder = MaskedDecoder(
+                c.dim, c.decoder_dim, c.decoder_depth, c.decoder_heads, numbers, self.encoder.grid, mlp_ratio=c.mlp_ratio
+            )
             self.decoder.mask_token.requires_grad_(False)  # nothing is hidden from it
         else:
             self.head = PixelShuffleHead(self.encoder.dim, self.encoder.patch, self.channels)
