@@ -266,8 +266,8 @@ def sparsify(module: nn.Module, *, inplace: bool = False) -> nn.Module:
         The sparse network, which computes like the dense one outside of `set_hidden`.
 
     Raises:
-        BadSetting: a layer that mixes positions and has no sparse form (group norm, transposed convolution, attention, and what gates by
-            a mean over positions, except squeeze and excitation).
+        BadSetting: a layer that mixes positions and has no sparse form (group norm, transposed convolution, attention, and what
+            gates by a mean over positions, except squeeze and excitation).
 
     Reference:
         Tian et al. 2023, official `dense_model_to_sparse`.
