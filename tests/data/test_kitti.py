@@ -93,6 +93,20 @@ def test_the_laser_measures_the_nearest_surface(tmp_path):
     (root / "calib" / "0.txt").write_text("R0_rect: 1 0\n")
     with pytest.raises(BadData, match="Tr_velo_to_cam"):
         open_data(f"kitti:{root}", holdout=0.0)
+    scan = root / "velodyne" / "0.bin"
+    scan.write_bytes(scan.read_bytes()[:-6])  # a copy that broke off
+    with pytest.raises(BadData, match="damaged, copy it again"):
+        open_data(f"kitti:{root}", holdout=0.0)
+
+
+def test_degrees_of_occlusion(tmp_path):
+    lines = [car().split() for _ in range(5)]
+    for line, degree in zip(lines, ("0", "1", "2", "3", "-1"), strict=True):
+        line[2] = degree
+    (tmp_path / "a.txt").write_text("\n".join(" ".join(line) for line in lines))
+    visible = read_label(tmp_path / "a.txt").values[:, 1]
+    assert visible[:3].tolist() == [1, 0.5, 0.25]
+    assert visible[3:].isnan().all()  # unknown
 
 
 def test_no_returns_at_all(tmp_path):

@@ -38,11 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.data.boxes import pad_boxes
 from sfumato.data.folders import hold_out, list_images
 from sfumato.data.image_files import CACHE_BYTES, Entry, Found, load
 from sfumato.data.image_set import ImageSet, InMemory, Items, Sample
 from sfumato.errors import BadData
+from sfumato.nn.boxes import pad_boxes
 
 VISIBLE = (1.0, 0.5, 0.25, float("nan"))
 """Visible share that stands for KITTI's degrees of occlusion: none, partly, largely, unknown; [our choice]."""
@@ -62,8 +62,9 @@ class Label:
 
     @property
     def values(self) -> Tensor:
-        """`[n, 2]`: depth of the 3D box's centre in metres, visible share."""
-        visible = torch.tensor(VISIBLE)[self.numbers[:, 1].long().clamp(0, 3)]
+        """`[n, 2]`: depth of the 3D box's centre in metres, visible share; NaN: unknown (-1 in a detector's files)."""
+        degree = self.numbers[:, 1].long()
+        visible = torch.tensor(VISIBLE)[torch.where(degree < 0, 3, degree.clamp(max=3))]
         return torch.stack((self.numbers[:, 12], visible), 1)
 
 
@@ -177,6 +178,18 @@ def laser_distances(points: Tensor, label: Label, rectify: Tensor) -> Tensor:
     return torch.where(count > 0, chosen, torch.nan)
 
 
+def read_scan(path: Path) -> Tensor:
+    """Returns of a laser, `[P, 3]` metres in its own coordinates.
+
+    Raises:
+        BadData: no rows of four numbers, such as a file that was not copied to its end.
+    """
+    numbers = np.fromfile(path, np.float32)
+    if len(numbers) % 4 or path.stat().st_size % 4:
+        raise BadData(f"{path}: no scan of rows of four numbers (x, y, z, reflectance): the file is damaged, copy it again")
+    return torch.from_numpy(numbers.reshape(-1, 4)[:, :3])
+
+
 def read_calibration(path: Path) -> Tensor:
     """`[3, 4]`: from the laser's coordinates to those of the rectified camera.
 
@@ -210,8 +223,7 @@ class _Frames:
         x = F.pad(x, (0, max(0, width - x.shape[2]), 0, max(0, height - x.shape[1])))[:, :height, :width]
         values = label.values
         if self.root is not None:
-            scan = self.root / "velodyne" / f"{self.stems[i]}.bin"
-            points = torch.from_numpy(np.fromfile(scan, np.float32).reshape(-1, 4)[:, :3])
+            points = read_scan(self.root / "velodyne" / f"{self.stems[i]}.bin")
             values[:, 0] = laser_distances(points, label, read_calibration(self.root / "calib" / f"{self.stems[i]}.txt"))
         boxes = label.boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
         good = (boxes[:, 2:] > boxes[:, :2]).all(1)

@@ -14,6 +14,7 @@ from .frequency import focal_frequency_loss as focal_frequency_loss
 from .frequency import frequency_loss as frequency_loss
 from .frequency import spectrum_l1 as spectrum_l1
 from .distance import balanced_l1 as balanced_l1
+from .distance import distance_loss as distance_loss
 from .distance import laplace_relative_nll as laplace_relative_nll
 from .gram import gaussian_gram as gaussian_gram
 from .gram import median_bandwidth as median_bandwidth
@@ -24,6 +25,12 @@ from .masked import masked_mean as masked_mean
 from .masked import masked_patch_mse as masked_patch_mse
 from .masked import normalize_patches as normalize_patches
 from .masked import weighted_l1 as weighted_l1
+from .masked_object import masked_object_mse as masked_object_mse
+from .masked_object import object_cells as object_cells
+from .masked_object import object_pixels as object_pixels
+from .masked_object import object_weights as object_weights
+from .masked_object_head import MaskedObjectHead as MaskedObjectHead
+from .masked_object_head import Objects as Objects
 from .ranking import pairwise_ranking as pairwise_ranking
 from .relations import feature_distill as feature_distill
 from .relations import relation_kl as relation_kl

@@ -4,6 +4,11 @@ from .attention_capture import QKV as QKV
 from .attention_capture import capture_qkv as capture_qkv
 from .blind_spot import CentreMaskedConv2d as CentreMaskedConv2d
 from .blind_spot import ConditionalBlindSpotNet as ConditionalBlindSpotNet
+from .boxes import box_geometry as box_geometry
+from .boxes import box_rows as box_rows
+from .boxes import pad_boxes as pad_boxes
+from .boxes import pixels_in_boxes as pixels_in_boxes
+from .boxes import resized_crops as resized_crops
 from .conv_stem_vit import ConvStemViT as ConvStemViT
 from .conv_stem_vit import MaskedConvBlock as MaskedConvBlock
 from .feature_pyramid import FeaturePyramid as FeaturePyramid
@@ -30,6 +35,7 @@ from .masked_norms import masked_layer_norm as masked_layer_norm
 from .masked_vit import EncoderOutput as EncoderOutput
 from .masked_vit import MaskedDecoder as MaskedDecoder
 from .masked_vit import MaskedViTEncoder as MaskedViTEncoder
+from .object_attention import ObjectSetAttention as ObjectSetAttention
 from .object_autoencoder import MaskedObjectAutoencoder as MaskedObjectAutoencoder
 from .object_tokens import RoITokens as RoITokens
 from .padding import pad_to_multiple as pad_to_multiple

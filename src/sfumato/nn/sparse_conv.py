@@ -185,10 +185,10 @@ class _ResponseNorm(_SparseLayer):
     """A norm over all positions, to which zeros add nothing; its bias would fill the holes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        holes, m = self.holes, self
+        holes = self.holes
         if holes is None:
             return self._dense(x)
-        last = m.channel_dim == -1
+        last = bool(self.channel_dim == -1)
         if not holes.packed:
             return holes.blank(self._dense(x), channels_last=last)
         y = self._dense(holes.unpack(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if last else holes.unpack(x))
