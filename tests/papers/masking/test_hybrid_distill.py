@@ -301,6 +301,11 @@ def test_teachers_that_do_not_fit_are_refused_in_one_line():
         alone.distillation(images(), nothing_hidden())
 
 
+def test_it_has_no_errors_of_pixels_to_mask_by():
+    with pytest.raises(BadSetting, match="mask=hard asks for errors of pixels"):
+        build_student(mask="hard", mask_ratio=0.5).mask(images(), torch.Generator())
+
+
 def test_a_weight_of_nought_needs_no_teacher():
     model = build(HybridDistill, Facts(8, 3), preset="small", settings={**TINY, "relation_weight": 0, "feature_weight": 0})
     assert not model.teachers

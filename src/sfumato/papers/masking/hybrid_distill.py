@@ -303,6 +303,14 @@ class HybridDistill(MaskedImageModel):
         """Nothing is hidden, unless `mask_ratio` says so: then tokens that the student never sees, uniformly random."""
         return random_mask(len(x), self.encoder.grid, self.config.mask_ratio, generator=generator)
 
+    def patch_errors(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Of no use here.
+
+        Raises:
+            BadSetting: always.
+        """
+        raise BadSetting("mask=hard asks for errors of pixels, and this student predicts none: take another mask")
+
     def student(self, x: Tensor, hidden: Tensor) -> StudentPass:
         """Run the student, dropping redundant tokens on the way.
 

@@ -129,6 +129,14 @@ class MFM(MaskedImageModel):
         size = (x.shape[-2], x.shape[-1])
         return random_frequency_mask(len(x), size, self.radius, share, outer=c.outer_radius, device=x.device, generator=generator)
 
+    def patch_errors(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Of no use here.
+
+        Raises:
+            BadSetting: always.
+        """
+        raise BadSetting("MFM hides frequencies, not patches: it has no errors of patches")
+
     def corrupt(self, x: Tensor, generator: torch.Generator, progress: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """What the network gets to see of pictures.
 
