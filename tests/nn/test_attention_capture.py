@@ -5,7 +5,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from sfumato.errors import BadSetting
 from sfumato.masks import random_mask
-from sfumato.nn import MaskedViTEncoder, capture_qkv
+from sfumato.nn import MaskedViTEncoder, capture_qkv, regroup_heads
 from sfumato.probes import attention_distance, attention_nmi
 
 
@@ -104,3 +104,10 @@ def test_what_is_refused():
         pass
     with pytest.raises(BadSetting, match="Linear has no layer 0"), capture_qkv(torch.nn.Linear(1, 1), [0]):
         pass
+
+
+def test_heads_are_regrouped_channel_by_channel():
+    t = torch.rand(2, 4, 5, 6)
+    assert torch.equal(regroup_heads(t, 2).transpose(1, 2).flatten(2), t.transpose(1, 2).flatten(2))
+    assert regroup_heads(t, 2).shape == (2, 2, 5, 12)
+    assert regroup_heads(t, 4) is t

@@ -2,6 +2,7 @@ from .at_rest import eval_mode as eval_mode
 from .at_rest import exact_arithmetic as exact_arithmetic
 from .attention_capture import QKV as QKV
 from .attention_capture import capture_qkv as capture_qkv
+from .attention_capture import regroup_heads as regroup_heads
 from .blind_spot import CentreMaskedConv2d as CentreMaskedConv2d
 from .blind_spot import ConditionalBlindSpotNet as ConditionalBlindSpotNet
 from .boxes import box_geometry as box_geometry
@@ -16,6 +17,7 @@ from .feature_pyramid import PyramidBackbone as PyramidBackbone
 from .flat import flatten_params as flatten_params
 from .flat import layer_slices as layer_slices
 from .flat import unflatten_params as unflatten_params
+from .frozen_vit import FrozenViT as FrozenViT
 from .gradient_histograms import hog as hog
 from .gradient_histograms import hog_image as hog_image
 from .gradient_histograms import hog_tokens as hog_tokens

@@ -92,3 +92,8 @@ def _split(attn: Any, out: Tensor) -> QKV:
     batch, length, _ = out.shape
     q, k, v = out.reshape(batch, length, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     return QKV(attn.q_norm(q), attn.k_norm(k), v)
+
+
+def regroup_heads(t: Tensor, heads: int) -> Tensor:
+    """The same channels in another number of heads: `[B, h, n, d]` to `[B, heads, n, h d / heads]`."""
+    return t if t.shape[1] == heads else t.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
