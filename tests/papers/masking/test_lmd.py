@@ -14,7 +14,7 @@ from sfumato.losses import masked_patch_mse
 from sfumato.masks import count_hidden, random_mask, ratio_schedule, upsample_mask
 from sfumato.method import Batch, Context, capabilities
 from sfumato.nn import DiffusersVAE, PatchPCA, patchify
-from sfumato.papers.masking.lmd import LMD, growing, multiply_adds, operations, speed
+from sfumato.papers.masking.lmd import LMD, growing, operations, speed
 from sfumato.papers.masking.mae import MAE
 from sfumato.papers.optimization.classifier import Classifier
 
@@ -314,16 +314,6 @@ def test_settings_and_pictures_that_do_not_fit():
         build(codec="identity", latent_channels=4)
     with pytest.raises(BadData, match="pictures are 20 x 20, the network takes 16 x 16, or latents 3 x 8 x 8"):
         build().loss(batch(torch.rand(2, 3, 20, 20)), context())
-
-
-def test_multiply_adds_are_counted_exactly():
-    a, b = torch.zeros(3, 5), torch.zeros(5, 7)
-    assert multiply_adds(lambda: a @ b) == 3 * 5 * 7 / 1e9
-    q = torch.zeros(1, 2, 6, 4)
-    assert multiply_adds(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * 2 * 6 * 6 * 4 / 1e9
-
-
-# ---- the claims
 
 
 def by_hand(c, tokens, kept, numbers):

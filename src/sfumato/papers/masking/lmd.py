@@ -55,7 +55,7 @@ from sfumato.method import Batch, Context, Loss, Method
 from sfumato.nn import DiffusersVAE, IdentityCodec, MaskedDecoder, MaskedViTEncoder, PatchPCA, patchify, unpatchify
 from sfumato.optim import cosine_warmup, lr_for_batch
 from sfumato.papers.masking.mae import MAE, SMALL_ENCODER, MaskedConfig, MaskedImageModel, as_views
-from sfumato.probes import finetune_probe
+from sfumato.probes import finetune_probe, multiply_adds
 
 PCA_PICTURES = 4096
 """Pictures of the training data that the PCA is fitted on, about: the first ones of those that `survey` is given."""
@@ -385,23 +385,12 @@ SD_VAE: dict[str, Any] = {
 """Architecture of Stable Diffusion v1's auto-encoder."""
 
 
-def multiply_adds(fn: Callable[[], Any]) -> float:
-    """Multiplications and additions, in 1e9 pairs, of what a call computes."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # fused attention on a CPU is not counted
-        fn()
-    return counter.get_total_flops() / 2e9
-
-
 def _forward(model: Any, ratio: float) -> float:
     """1e9 multiply-adds of one picture's forward pass with this share hidden."""
     encoder = model.encoder
     side = [n * encoder.patch for n in encoder.grid]
     hidden = random_mask(1, encoder.grid, ratio, generator=torch.Generator().manual_seed(0))
-    return multiply_adds(lambda: model.predict_patches(torch.zeros(1, encoder.channels, *side), hidden))
+    return 1e-9 * multiply_adds(lambda: model.predict_patches(torch.zeros(1, encoder.channels, *side), hidden))
 
 
 def _growing(model: Any, points: int) -> float:
@@ -444,7 +433,7 @@ def operations(lab: Lab) -> Figures:
     with torch.device("meta"):
         vae: Any = AutoencoderKL(**SD_VAE)
         picture = torch.empty(1, 3, 224, 224)
-    codec = multiply_adds(lambda: vae.encode(picture))
+    codec = 1e-9 * multiply_adds(lambda: vae.encode(picture))
     return {
         "MAE": {"forward, GMAC": pixels, "training step, GMAC": 3 * pixels},
         "cached latents": {"forward, GMAC": latents, "training step, GMAC": 3 * latents},
