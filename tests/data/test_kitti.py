@@ -66,6 +66,19 @@ def test_splits_by_list_and_by_hash(tmp_path):
     (root / "ImageSets" / "val.txt").write_text("005\n")
     assert open_data(f"kitti:{root}").names == ["000.png", "001.png"]
     assert open_data(f"kitti:{root}", "test").names == ["005.png"]
+    (root / "ImageSets" / "val.txt").write_text("777\n")
+    assert open_data(f"kitti:{root}", "test") is None
+    (root / "ImageSets" / "train.txt").write_text("777\n")  # of another data set
+    with pytest.raises(BadData, match=r"belongs to the training split: check ImageSets/train.txt"):
+        open_data(f"kitti:{root}")
+
+
+def test_two_images_of_one_name_have_one_label(tmp_path):
+    root = folder(tmp_path, {"0": [car()], "1": [car()]})
+    write_image(root / "image_2" / "0.bmp", torch.rand(3, 30, 90))
+    data = open_data(f"kitti:{root}", holdout=0.0)
+    assert len(data) == 2
+    assert [why for _, why in data.skipped if "label of" in why]
 
 
 def test_unknown_distances_keep_their_box(tmp_path):

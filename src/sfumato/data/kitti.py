@@ -93,18 +93,23 @@ def open_kitti(
         The set, or None where nothing is held out.
 
     Raises:
-        BadData: no frames, or a label file that is none.
+        BadData: no frames to train on, or a label file that is none.
     """
     root = next((p for p in (folder, folder / "training") if (p / "image_2").is_dir()), None)
     if root is None or not (root / "label_2").is_dir():
         raise BadData(f"{folder}: a KITTI folder holds image_2/ and label_2/ (or training/ with both); this one does not")
     images, skipped = list_images(root / "image_2")
-    stems = {Path(name).stem: name for name in images}
+    stems: dict[str, str] = {}
+    for name in images:
+        if stems.setdefault(Path(name).stem, name) != name:
+            skipped.append((name, f"has the label of {stems[Path(name).stem]}"))
     labelled = [stem for stem in stems if (root / "label_2" / f"{stem}.txt").is_file()]
     skipped += [(stems[stem], "has no file in label_2") for stem in stems if stem not in set(labelled)]
     if not labelled:
         raise BadData(f"{folder}: no image of image_2 has a label of the same name in label_2")
     chosen = _of_split(root, labelled, split, holdout)
+    if not chosen and split == "train":
+        raise BadData(f"{folder}: no image with a label belongs to the training split: check ImageSets/train.txt, or remove it")
     if not chosen:
         return None
     labels = {stem: read_label(root / "label_2" / f"{stem}.txt") for stem in chosen}
