@@ -49,6 +49,7 @@ class ConvStages(nn.Module):
             blocks = (_Residual(width) for _ in range(depth))
             stages.append(nn.Sequential(*_conv_norm(before, width, 2), nn.ReLU(inplace=True), *blocks))
         self.stages = nn.ModuleList(stages)
+        self.widths, self.strides = list(widths), [2 ** (i + 1) for i in range(len(widths))]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """`[B, C, H, W]` to maps at strides 2, 4, 8, ..."""
@@ -94,6 +95,7 @@ class GroupNormStages(nn.Module):
                 layers.append(BasicBlock(before, width, stride, shortcut, norm_layer=norm))
                 before = width
         self.layers = nn.Sequential(*layers)
+        self.widths, self.strides = [dim], [4]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """`[B, C, H, W]` to one map at stride 4."""
@@ -246,10 +248,7 @@ def _network(model: str, channels: int, settings: dict[str, Any], drop_path: flo
             own: Any = OWN[model](channels, **settings)
         except TypeError as error:
             raise BadSetting(f"model_settings={settings} do not suit {model}: {error}") from None
-        if isinstance(own, GroupNormStages):
-            return own, [own.layers[-1].conv2.out_channels], [4]  # type: ignore[union-attr,list-item]
-        widths = [stage[0].out_channels for stage in own.stages]
-        return own, widths, [2 ** (i + 1) for i in range(len(widths))]
+        return own, own.widths, own.strides
     import timm
 
     if not timm.is_model(model):
