@@ -155,7 +155,8 @@ class Method(nn.Module):
     def survey(self, batches: Iterable[Batch]) -> None:
         """Look at the training data once before the first step: statistics, a basis, kept as buffers.
 
-        Not called when a run is resumed. `batches` is read lazily and goes through the data once, in order and unaugmented.
+        Not called when a run is resumed. `batches` is read lazily and goes through the data once, unaugmented and in a random
+        order of the run's seed: the first few are a fair sample, also of folders sorted by class.
         """
 
     def adopt(self, open_model: Callable[[str], nn.Module]) -> None:

@@ -1,9 +1,13 @@
 """`sfumato show masks`: a page on one's own picture, by a run's own network too, and refusals."""
 
+import pytest
 import torch
 from PIL import Image
 
-from sfumato.cli.masks import cropped, shrunk
+from sfumato import catalogue
+from sfumato.cli.masks import cropped, seen_by, shrunk
+from sfumato.data import Batch
+from sfumato.errors import BadData
 from sfumato.masks import NAMED_MASKS
 from sfumato.report import write_mask_report
 
@@ -32,6 +36,41 @@ def test_a_run_says_what_is_hard(sfumato, tmp_path):
     done = sfumato("show", "masks", "--run", run, "-o", "page.html")
     assert done.code == 0, done.err
     assert "the attention of the run" in (tmp_path / "page.html").read_text().replace("&#39;", "'")
+
+
+SMALL = {"dim": 16, "depth": 1, "heads": 2}
+RUNS = {
+    "mae": ({**SMALL, "decoder_dim": 16, "decoder_heads": 2}, 4, {"hard", "semantic"}),
+    "spark": ({"decoder_width": 16}, 8, {"hard"}),
+    "lmd": ({**SMALL, "decoder_dim": 16, "decoder_heads": 2}, 8, {"hard", "semantic"}),
+    "mfm": (SMALL, 4, {"semantic"}),
+    "mfm small": ({"dim": 16, "network": "small"}, 4, set()),
+    "hybrid-distill": (SMALL, 4, {"semantic"}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("grey", [False, True])
+def test_what_a_model_can_tell_is_asked_and_the_rest_is_from_the_picture(name, grey, tmp_path):
+    settings, patch, known = RUNS[name]
+    kind = catalogue.load_method(name.split()[0])
+    torch.manual_seed(0)
+    method = kind(kind.Config.small(channels=3, **settings))
+    method.survey([Batch(torch.rand(8, 3, 32, 32), torch.arange(8))])
+    generator = torch.Generator().manual_seed(0)
+    x, found, scores = seen_by(method, torch.rand(1 if grey else 3, 50, 40, generator=generator), generator)
+    assert (x.shape, found, set(scores)) == ((3, 32, 32), patch, known)
+    assert all(values.shape == ((32 // patch) ** 2,) for values, _ in scores.values())
+    page = write_mask_report(x, tmp_path / "m.html", patch=found, scores=scores, generator=generator).read_text()
+    assert page.count("as no network is asked") == 2 - len(known)
+
+
+def test_blocks_are_left_out_where_they_do_not_fill_the_grid(tmp_path):
+    """Such as 7 x 7 cells of a convolutional network."""
+    page = write_mask_report(torch.rand(3, 56, 56), tmp_path / "m.html", patch=8).read_text()
+    assert page.count("they do not fill an odd number of patches") == 1
+    with pytest.raises(BadData, match="is not filled by patches of 8: crop it"):
+        write_mask_report(torch.rand(3, 60, 56), tmp_path / "m.html", patch=8)
 
 
 def test_bad_calls_are_told(sfumato, tmp_path):

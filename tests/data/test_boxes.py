@@ -2,57 +2,17 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from sfumato.data import box_rows, center_heatmap, jitter_boxes, pad_boxes, resized_crops
+from sfumato.data import center_heatmap, cover_boxes, flip_boxes, jitter_boxes
 from sfumato.errors import BadData, BadSetting
-
-RAGGED = [torch.tensor([[1.0, 2.0, 5.0, 8.0]]), torch.empty(0, 4), torch.tensor([[0.0, 0.0, 3.0, 3.0], [2.0, 1.0, 9.0, 4.0]])]
+from sfumato.nn import box_rows, pad_boxes
 
 
 def g(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def test_padded_boxes_and_rows():
-    padded = pad_boxes(RAGGED)
-    assert padded.shape == (3, 2, 4)
-    assert padded.isnan().any(-1).sum() == 3
-    rows = box_rows(padded)
-    assert rows[:, 0].tolist() == [0, 2, 2]
-    assert torch.equal(rows[:, 1:], torch.cat(RAGGED))
-    assert torch.equal(box_rows(RAGGED), rows)
-    assert box_rows(rows) is rows
-    assert pad_boxes(RAGGED, length=5).shape == (3, 5, 4)
-    assert box_rows(pad_boxes([torch.empty(0, 4)] * 2)).shape == (0, 5)
-
-
-def test_bad_boxes_are_refused():
-    with pytest.raises(BadData, match="more than length=1"):
-        pad_boxes(RAGGED, length=1)
-    with pytest.raises(BadData, match="no image"):
-        pad_boxes([])
-    with pytest.raises(BadData, match=r"\[B, n, 4\]"):
-        box_rows(torch.zeros(3, 4))
-    with pytest.raises(BadSetting, match="'scale' or 'iou'"):
-        jitter_boxes(torch.zeros(1, 4), (8, 8), mode="sale")
-
-
-def test_crops_of_whole_pixels_are_the_pixels():
-    x = torch.rand(3, 3, 12, 12, generator=g())
-    boxes = [torch.tensor([[2.0, 3.0, 6.0, 11.0]]), torch.empty(0, 4), torch.tensor([[4.0, 4.0, 12.0, 8.0]])]
-    torch.testing.assert_close(resized_crops(x, boxes[:2], (8, 4))[0], x[0, :, 3:11, 2:6])
-    shrunk = resized_crops(x, boxes, (4, 4))  # antialiased: means of whole cells
-    torch.testing.assert_close(shrunk[1], F.avg_pool2d(x[2, :, 4:8, 4:12], (1, 2)))
-    assert resized_crops(x, [torch.empty(0, 4)] * 3, (4, 4)).shape == (0, 3, 4, 4)
-
-
-def test_crops_of_degenerate_boxes_are_finite():
-    crops = resized_crops(torch.rand(1, 1, 8, 8), [torch.tensor([[3.0, 3.0, 3.0, 2.0]])], (4, 4))
-    assert crops.isfinite().all()
 
 
 @settings(max_examples=25, deadline=None)
@@ -91,3 +51,30 @@ def test_heatmap():
     assert heat[0, 0, 12, 19] == 0  # 7 pixels away: outside of the square of 13
     assert heat[0, 0, 12, 18].item() == pytest.approx(math.exp(-36 / 8))
     assert torch.equal(center_heatmap(pad_boxes(boxes), (24, 30)), heat)
+    with pytest.raises(BadData, match="do not tell how many images"):
+        center_heatmap(box_rows(boxes), (24, 30))
+
+
+def test_an_unknown_jitter_is_refused():
+    with pytest.raises(BadSetting, match="'scale' or 'iou'"):
+        jitter_boxes(torch.zeros(1, 4), (8, 8), mode="sale")
+
+
+def test_flipped_boxes():
+    boxes = torch.tensor([[1.0, 2.0, 5.0, 8.0], [torch.nan] * 4])
+    assert flip_boxes(boxes, 20)[0].tolist() == [15, 2, 19, 8]
+    assert torch.equal(flip_boxes(flip_boxes(boxes, 20), 20)[0], boxes[0])
+    assert flip_boxes(boxes, 20)[1].isnan().all()
+
+
+def test_covering_hides_a_share_of_every_box():
+    x = torch.zeros(4, 3, 64, 64)
+    boxes = torch.tensor([10.0, 20.0, 30.0, 50.0]).expand(4, 6, 4).contiguous()
+    boxes[:, 1:] = torch.nan
+    covered = cover_boxes(x, boxes, 0.4, generator=g())
+    inside = covered[:, 0, 20:50, 10:30] == 0.5
+    assert (inside.float().mean((1, 2)) - 0.4).abs().max() < 1e-6
+    assert torch.equal(covered[:, 0].sum((1, 2)), inside.sum((1, 2)) * 0.5)
+    assert torch.equal(covered, cover_boxes(x, boxes, 0.4, generator=g()))
+    assert (cover_boxes(x, boxes, 0.4, value=0.25, generator=g()) == covered / 2).all()
+    assert torch.equal(cover_boxes(x, boxes[:, :0], 0.4), x)

@@ -66,6 +66,19 @@ def test_splits_by_list_and_by_hash(tmp_path):
     (root / "ImageSets" / "val.txt").write_text("005\n")
     assert open_data(f"kitti:{root}").names == ["000.png", "001.png"]
     assert open_data(f"kitti:{root}", "test").names == ["005.png"]
+    (root / "ImageSets" / "val.txt").write_text("777\n")
+    assert open_data(f"kitti:{root}", "test") is None
+    (root / "ImageSets" / "train.txt").write_text("777\n")  # of another data set
+    with pytest.raises(BadData, match=r"belongs to the training split: check ImageSets/train.txt"):
+        open_data(f"kitti:{root}")
+
+
+def test_two_images_of_one_name_have_one_label(tmp_path):
+    root = folder(tmp_path, {"0": [car()], "1": [car()]})
+    write_image(root / "image_2" / "0.bmp", torch.rand(3, 30, 90))
+    data = open_data(f"kitti:{root}", holdout=0.0)
+    assert len(data) == 2
+    assert [why for _, why in data.skipped if "label of" in why]
 
 
 def test_unknown_distances_keep_their_box(tmp_path):
@@ -93,6 +106,20 @@ def test_the_laser_measures_the_nearest_surface(tmp_path):
     (root / "calib" / "0.txt").write_text("R0_rect: 1 0\n")
     with pytest.raises(BadData, match="Tr_velo_to_cam"):
         open_data(f"kitti:{root}", holdout=0.0)
+    scan = root / "velodyne" / "0.bin"
+    scan.write_bytes(scan.read_bytes()[:-6])  # a copy that broke off
+    with pytest.raises(BadData, match="damaged, copy it again"):
+        open_data(f"kitti:{root}", holdout=0.0)
+
+
+def test_degrees_of_occlusion(tmp_path):
+    lines = [car().split() for _ in range(5)]
+    for line, degree in zip(lines, ("0", "1", "2", "3", "-1"), strict=True):
+        line[2] = degree
+    (tmp_path / "a.txt").write_text("\n".join(" ".join(line) for line in lines))
+    visible = read_label(tmp_path / "a.txt").values[:, 1]
+    assert visible[:3].tolist() == [1, 0.5, 0.25]
+    assert visible[3:].isnan().all()  # unknown
 
 
 def test_no_returns_at_all(tmp_path):

@@ -225,7 +225,8 @@ def test_a_method_sees_its_data_once_before_it_trains(tmp_path):
         seen = 0
 
         def survey(self, batches):
-            type(self).seen += sum(len(b) for b in batches)
+            self.order = torch.cat([b.index for b in batches]).tolist()
+            type(self).seen += len(self.order)
 
     run = new_run(tmp_path, "surveying")
     fit(Surveying(), kinds.data(), run=run, steps=3, device="cpu", progress=False)
@@ -233,6 +234,9 @@ def test_a_method_sees_its_data_once_before_it_trains(tmp_path):
     assert Surveying.seen == count
     fit(Surveying(), kinds.data(), run=run, steps=3, device="cpu", progress=False)  # goes on from a checkpoint
     assert Surveying.seen == count
+    orders = [fit(Surveying(), kinds.data(), steps=1, seed=s, device="cpu", progress=False).order for s in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]  # a folder sorted by class: the first few are a fair sample
+    assert all(sorted(order) == list(range(count)) for order in orders)
     with pytest.raises(BadData, match="can be indexed"):
         fit(Surveying(), iter([]), steps=3, device="cpu", progress=False)
 

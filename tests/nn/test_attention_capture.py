@@ -5,7 +5,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from sfumato.errors import BadSetting
 from sfumato.masks import random_mask
-from sfumato.nn import MaskedViTEncoder, capture_qkv
+from sfumato.nn import MaskedViTEncoder, capture_qkv, regroup_heads
 from sfumato.probes import attention_distance, attention_nmi
 
 
@@ -67,6 +67,24 @@ def test_gradients_pass_and_nothing_stays_behind():
     assert not any(m._forward_hooks for m in net.modules())
 
 
+def test_a_pass_can_stop_at_the_last_layer_that_is_wanted():
+    net, ran = vit(), []
+    net.blocks[1].mlp.register_forward_hook(lambda *_: ran.append(1))
+    with torch.no_grad(), capture_qkv(net, [1, 0]) as whole:
+        net(images())
+    ran.clear()
+    with torch.no_grad(), capture_qkv(net, [1, 0], stop=True) as seen:
+        net(images())
+        ran.append("never")
+    assert ran == []
+    assert all(torch.equal(a, b) for i in (0, 1) for a, b in zip(seen[i], whole[i], strict=True))
+    with capture_qkv(net, [], stop=True) as nothing:
+        net(images())
+    assert nothing == {}
+    with pytest.raises(ZeroDivisionError), capture_qkv(net, [0], stop=True):
+        raise ZeroDivisionError
+
+
 @pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_tiny_r_s16_p8_224"])
 def test_attention_probes_on_timm_models_by_name(name):
     net = timm.create_model(name, img_size=64, num_classes=0).eval()
@@ -86,3 +104,10 @@ def test_what_is_refused():
         pass
     with pytest.raises(BadSetting, match="Linear has no layer 0"), capture_qkv(torch.nn.Linear(1, 1), [0]):
         pass
+
+
+def test_heads_are_regrouped_channel_by_channel():
+    t = torch.rand(2, 4, 5, 6)
+    assert torch.equal(regroup_heads(t, 2).transpose(1, 2).flatten(2), t.transpose(1, 2).flatten(2))
+    assert regroup_heads(t, 2).shape == (2, 2, 5, 12)
+    assert regroup_heads(t, 4) is t

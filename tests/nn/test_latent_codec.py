@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from sklearn.decomposition import PCA
@@ -23,6 +25,25 @@ def test_components_are_sklearns(crops):
     assert z.shape == (64, 5, 8, 8)
     assert torch.allclose(z.mean((0, 2, 3)), torch.zeros(5), atol=1e-4)
     assert torch.allclose(z[2, :, 1, 3], codec.basis @ (patchify(crops, 4, order="chw")[2, 11] - codec.mean), atol=1e-5)
+
+
+def test_batches_give_the_components_of_the_whole(crops):
+    """Unequally large ones, of unlike means: none is held on to."""
+    crops = crops[crops.mean((1, 2, 3)).argsort()]
+    whole, seen = PatchPCA(2, 12, channels=3).fit(crops.double()), []
+
+    def batches():
+        for part in (crops[:0], crops[:5], crops[5:50], crops[50:]):
+            assert all(ref() is None for ref in seen[:-1])
+            part = part.clone()
+            seen.append(weakref.ref(part))
+            yield part
+            del part
+
+    parts = PatchPCA(2, 12, channels=3).fit(batches())
+    assert torch.allclose(parts.mean, whole.mean, atol=1e-6)
+    assert torch.allclose(parts.variance, whole.variance, rtol=1e-5)
+    assert torch.allclose(parts.basis, whole.basis, atol=1e-4)
 
 
 def test_coding_is_a_projection(crops):
@@ -55,6 +76,8 @@ def test_what_does_not_fit_is_refused(crops):
         PatchPCA(4, 2).encode(crops)
     with pytest.raises(BadData, match="two patches"):
         PatchPCA(4, 2).fit(torch.rand(1, 1, 4, 4))
+    with pytest.raises(BadData, match="here are 0"):
+        PatchPCA(4, 2).fit([])
 
 
 @pytest.fixture(scope="module")

@@ -61,13 +61,61 @@ def test_its_facts_are_the_networks():
 
 
 def test_settings_rebuild_the_encoder():
-    e = encoder(drop_path=0.1, scales=2, sync=True)
+    e = encoder(drop_path=0.1, scales=2, sync=True, sparse=False)
     again = MaskedConvEncoder(**e.settings)
     again.load_state_dict(e.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(again.eval()(pictures()), e.eval()(pictures()), strict=True))
 
 
+def small(**over):
+    return encoder("small", 16, 1, model_settings={"dim": 32}, sparse=False, **over)
+
+
+def test_the_small_network_halves_twice_and_doubles_its_width():
+    e = encoder("small", 16, 1, model_settings={"dim": 32, "depth": 2}, sparse=False)
+    x = pictures(channels=1, size=(16, 24))
+    (last,) = e(x)
+    assert last.shape == (2, 32, 4, 6)
+    assert (e.dim, e.patch, e.grid, e.widths, e.strides, e.batch_norm) == (32, 4, (4, 4), [32], [4], False)
+    torch.testing.assert_close(e.features(x), last.mean((2, 3)))
+    assert [m.weight.shape[0] for m in e.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)] == [
+        8, *(8,) * 4, *(16,) * 4, *(32,) * 4,
+    ]  # fmt: skip
+
+
+def test_a_sample_of_the_small_network_does_not_depend_on_its_batch():
+    e, x = small().train(), pictures(4, 1, (16, 16))
+    torch.testing.assert_close(e.features(x)[1:2], e.features(x[1:2]), atol=1e-6, rtol=1e-4)
+
+
+def test_a_network_that_is_not_sparse_takes_no_mask():
+    e = small()
+    assert not [m for m in e.modules() if hasattr(m, "dense")]
+    with pytest.raises(BadSetting, match="no sparse layers"):
+        e(pictures(channels=1, size=(16, 16)), hide(e))
+    with pytest.raises(BadSetting, match=r"layers.1 is a GroupNorm, which has no sparse form"):
+        encoder("small", 16, 1)
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s16_224"])
+def test_networks_of_one_size_are_refused(model):
+    with pytest.raises(BadSetting, match=f"{model} makes no feature map of a picture of any size"):
+        encoder(model, 224)
+
+
+@pytest.mark.parametrize(("model", "dim"), [("convnext_atto", 320), ("mobilenetv3_small_050", 288)])
+def test_other_networks_of_timm(model, dim):
+    e = encoder(model, 64, 1, scales=1).eval()
+    assert [m.shape for m in e(pictures(1, 1, (64, 32)))] == [(1, dim, 2, 1)]
+    assert (e.dim, e.patch) == (dim, 32)
+    assert e.timm_weights()[1].keys() == timm.create_model(model, in_chans=1, num_classes=0).state_dict().keys()
+
+
 def test_what_does_not_fit_is_told():
+    with pytest.raises(BadSetting, match="dim must be a multiple of 16"):
+        encoder("small", 16, model_settings={"dim": 24}, sparse=False)
+    with pytest.raises(BadData, match="40 x 64 pixels cannot be cut into patches of 32"):
+        encoder()(pictures(size=(40, 64)))
     with pytest.raises(BadSetting, match="there is no model 'resnet5'; did you mean resnet"):
         encoder("resnet5")
     with pytest.raises(BadSetting, match="gives no feature maps"):

@@ -242,6 +242,22 @@ def test_momentum_none_averages_all_batches():
     torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0))
 
 
+def test_a_synchronised_norm_alone_in_its_world_needs_no_gpu(tmp_path):
+    x, hidden = pictures(size=(4, 6)).float(), some_holes()
+    alone, plain = sparsify(nn.SyncBatchNorm(3)), sparsify(nn.BatchNorm2d(3))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        assert torch.equal(alone(x), plain(x))
+        for packed in (False, True):
+            ours, theirs = (visible_forward(norm, x, hidden, packed=packed) for norm in (alone, plain))
+            torch.testing.assert_close(ours, theirs)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(alone.running_var, plain.running_var)
+    assert alone.num_batches_tracked == 3
+    assert torch.equal(alone.eval()(x), plain.eval()(x))
+
+
 TWO = """
 import sys, torch
 import torch.distributed as dist
@@ -306,6 +322,21 @@ def test_a_pooled_vector_is_left_alone():
         torch.testing.assert_close(visible_forward(sparsify(gate), x, hidden, packed=packed), wanted)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_bias_of_a_response_norm_does_not_fill_holes(packed, last):
+    norm = timm.layers.grn.GlobalResponseNorm(3, channels_last=last).double()
+    torch.nn.init.ones_(norm.bias)
+    order = (0, 2, 3, 1) if last else (0, 1, 2, 3)
+    x, holes = pictures(size=(4, 6)), Holes(some_holes(), packed=packed)
+    sparse = sparsify(norm)
+    with set_hidden(sparse, holes.hidden, packed=packed):
+        y = sparse(holes.enter(x).permute(order)).permute([order.index(i) for i in range(4)])
+    torch.testing.assert_close(
+        holes.leave(y), holes.blank(norm(holes.blank(x).permute(order)).permute([order.index(i) for i in range(4)]))
+    )
+
+
 def test_half_precision_keeps_its_type():
     net, hidden = sparsify(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))), some_holes()
     with torch.autocast("cpu", torch.bfloat16):
@@ -316,6 +347,8 @@ def test_half_precision_keeps_its_type():
 def test_what_does_not_fit_is_told():
     with pytest.raises(BadSetting, match=r"1 is a GroupNorm, which has no sparse form"):
         sparsify(nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)))
+    with pytest.raises(BadSetting, match=r"model.layer1.0.se is a EcaModule, which has no sparse form"):
+        sparsify(timm.create_model("ecaresnet26t", features_only=True, feature_cls="getter"))
     with pytest.raises(BadSetting, match="call sparsify on it first"), set_hidden(nn.Conv2d(3, 4, 1), some_holes()):
         pass
     net = sparsify(nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1)))

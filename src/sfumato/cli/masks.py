@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,20 +67,31 @@ def cropped(x: Tensor, multiple: int) -> Tensor:
 
 
 def _by_a_run(run: Path, picture: Tensor, generator: torch.Generator) -> tuple[Tensor, int, dict[str, tuple[Tensor, str]]]:
-    """The picture as the run takes it, its patch, and scores of its patches by the run's network."""
     from sfumato.engine import load
     from sfumato.papers.masking.mae import MaskedImageModel
 
     method = load(run, device="cpu")
     if not isinstance(method, MaskedImageModel):
         raise BadSetting(f"{run} is no masked image model: give one of mae, simmim, colormae, hpm, ...")
+    return seen_by(method, picture, generator)
+
+
+def seen_by(method: Any, picture: Tensor, generator: torch.Generator) -> tuple[Tensor, int, dict[str, tuple[Tensor, str]]]:
+    """A picture as a masked image model takes it, its patch in pixels, and scores of its patches by the model, where it has any.
+
+    A convolutional network has no attention; one that hides frequencies or learns no pixels makes no errors of patches.
+    """
     if picture.shape[0] != method.channels:
         picture = picture.mean(0, keepdim=True).expand(method.channels, -1, -1)
     x = method.to_size(picture[None])
     method.eval()
     normal = method.normalised(x)
-    scores = {
-        "hard": (method.patch_errors(normal, generator)[0], "the error of the run's own network where a patch is hidden"),
-        "semantic": (method.attention(normal, generator)[0], "the attention of the run's own network"),
+    asked = {
+        "hard": (method.patch_errors, "the error of the run's own network where a patch is hidden"),
+        "semantic": (method.attention, "the attention of the run's own network"),
     }
-    return x[0], method.config.patch, scores
+    scores: dict[str, tuple[Tensor, str]] = {}
+    for name, (of, told) in asked.items():
+        with suppress(BadSetting):
+            scores[name] = (of(normal, generator)[0], told)
+    return x[0], x.shape[-1] // method.encoder.grid[1], scores

@@ -4,11 +4,10 @@ from .algorithmic import modular as modular
 from .algorithmic import sparse_parity as sparse_parity
 from .batch import Batch as Batch
 from .batch import Facts as Facts
-from .boxes import box_rows as box_rows
 from .boxes import center_heatmap as center_heatmap
+from .boxes import cover_boxes as cover_boxes
+from .boxes import flip_boxes as flip_boxes
 from .boxes import jitter_boxes as jitter_boxes
-from .boxes import pad_boxes as pad_boxes
-from .boxes import resized_crops as resized_crops
 from .decoding import Header as Header
 from .gaussian_mixture import GaussianMixture as GaussianMixture
 from .gaussian_mixture import gaussian_grid as gaussian_grid

@@ -1,102 +1,26 @@
-"""Boxes around objects: ragged boxes in a rectangular tensor, crops of one size, noise on boxes, a map of their centres.
+"""Changes to boxed objects and what is known of them: noise on boxes, covers over objects, a map of their centres.
 
-    padded:  [B, n, 4] xyxy in pixels, rows of NaN where an image has fewer than n objects
-    rows:    [N, 5] (image, x1, y1, x2, y2), the real boxes of all images, as `torchvision.ops.roi_align` takes them
     IoU jitter:  each side moves by side · U(-e, e),  e = min((1 - √q) / 2, (1 / √q - 1) / 2):  IoU with the old box is at least q
 
 Source: Panariello et al. 2024, "Monocular per-object distance estimation with Masked Object Modeling", arXiv 2401.03191 (noise on
 boxes and the map of centres; official code `utils/bboxes.py`).
 
 >>> import torch
->>> from sfumato.data import box_rows, center_heatmap, jitter_boxes, pad_boxes, resized_crops
->>> padded = pad_boxes([torch.tensor([[0.0, 0.0, 8.0, 4.0], [2.0, 2.0, 6.0, 6.0]]), torch.empty(0, 4)])
->>> padded.shape, box_rows(padded)[:, 0].tolist()
-(torch.Size([2, 2, 4]), [0.0, 0.0])
->>> images = torch.rand(2, 3, 16, 16)
->>> resized_crops(images, padded, (10, 5)).shape, center_heatmap(padded, (16, 16)).shape
-(torch.Size([2, 3, 10, 5]), torch.Size([2, 1, 16, 16]))
->>> jitter_boxes(padded, (16, 16), mode="iou").shape
-torch.Size([2, 2, 4])
+>>> from sfumato.data import center_heatmap, cover_boxes, jitter_boxes
+>>> boxes = torch.tensor([[[0.0, 0.0, 8.0, 4.0], [2.0, 2.0, 6.0, 6.0]]])
+>>> jitter_boxes(boxes, (16, 16), mode="iou").shape, center_heatmap(boxes, (16, 16)).shape
+(torch.Size([1, 2, 4]), torch.Size([1, 1, 16, 16]))
+>>> int((cover_boxes(torch.zeros(1, 3, 16, 16), boxes[:, :1], 0.5) > 0).sum())  # half of 8 x 4 pixels, three channels
+48
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sfumato.errors import BadData, BadSetting
-
-Boxes = Tensor | Sequence[Tensor]
-"""Padded boxes `[B, n, 4]`, rows `[N, 5]`, or a list with `[n, 4]` for each image; xyxy in pixels of the image."""
-
-
-def pad_boxes(boxes: Sequence[Tensor], *, length: int | None = None) -> Tensor:
-    """Ragged rows in one tensor; what is missing is NaN.
-
-    Args:
-        boxes: `[n, D]` for each image (D = 4 for boxes; any D for what belongs to them).
-        length: rows an image; None: as many as the fullest image has.
-
-    Returns:
-        `[B, length, D]`.
-
-    Raises:
-        BadData: no images, or an image with more rows than `length`.
-    """
-    if not len(boxes):
-        raise BadData("boxes of no image: give a list with one tensor [n, 4] an image")
-    padded = torch.nn.utils.rnn.pad_sequence(list(boxes), batch_first=True, padding_value=torch.nan)
-    most = padded.shape[1]
-    if length is None or length == most:
-        return padded
-    if length < most:
-        raise BadData(f"an image has {most} boxes, more than length={length}")
-    return torch.cat((padded, padded.new_full((len(padded), length - most, padded.shape[2]), torch.nan)), 1)
-
-
-def box_rows(boxes: Boxes) -> Tensor:
-    """The real boxes of all images below each other.
-
-    Args:
-        boxes: padded, a list, or rows already (returned as they are).
-
-    Returns:
-        `[N, 5]`: number of the image, x1, y1, x2, y2; in the order of images, then of boxes.
-
-    Raises:
-        BadData: another shape.
-    """
-    padded = boxes if isinstance(boxes, Tensor) else pad_boxes(boxes)
-    if padded.ndim == 2 and padded.shape[1] == 5:
-        return padded
-    if padded.ndim != 3 or padded.shape[2] != 4:
-        raise BadData(f"boxes are {list(padded.shape)}: give [B, n, 4], xyxy in pixels, or a list with [n, 4] for each image")
-    there = padded.isfinite().all(-1)
-    return torch.cat((there.nonzero()[:, :1].to(padded.dtype), padded[there]), 1)
-
-
-def resized_crops(images: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
-    """What is inside each box, resized to one size.
-
-    A pixel of the result is the mean of bilinear samples over its area (`roi_align` with as many samples as pixels): antialiased
-    where the box shrinks, bilinear where it grows.
-
-    Args:
-        images: `[B, C, H, W]`.
-        boxes: see `Boxes`; sides shorter than a pixel are taken as one pixel.
-        size: (height, width) of the crops.
-
-    Returns:
-        `[N, C, height, width]`.
-    """
-    from torchvision.ops import roi_align
-
-    rows = box_rows(boxes).to(images)
-    first, last = rows[:, :3], torch.maximum(rows[:, 3:], rows[:, 1:3] + 1)
-    crops: Tensor = roi_align(images, torch.cat((first, last), 1), size, aligned=True)
-    return crops
+from sfumato.nn.boxes import Boxes, box_rows, pad_boxes, pixels_in_boxes
 
 
 def jitter_boxes(
@@ -144,17 +68,54 @@ def jitter_boxes(
     return torch.minimum(moved.clamp(min=0), torch.cat((frame, frame)))
 
 
+def flip_boxes(boxes: Tensor, width: int) -> Tensor:
+    """Boxes `[..., 4]` xyxy of an image of a width in pixels, after it was mirrored left to right."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack((width - x2, y1, width - x1, y2), -1)
+
+
+def cover_boxes(
+    x: Tensor, boxes: Tensor, share: float, *, value: float = 0.5, generator: torch.Generator | None = None
+) -> Tensor:
+    """A plain strip over a share of every box, from one of its four sides.
+
+    Args:
+        x: `[B, C, H, W]`.
+        boxes: `[B, n, 4]` xyxy in pixels, rows of NaN where there is none.
+        share: covered share of each box's area, by its own strip; others' may cover more.
+        value: of the strips; grey for pictures in [0, 1].
+        generator: source of the sides.
+
+    Returns:
+        Like `x`.
+    """
+    device = boxes.device if generator is None else generator.device
+    side = torch.randint(4, boxes.shape[:2], generator=generator, device=device).to(boxes.device)
+    first, last = boxes[..., :2], boxes[..., 2:]
+    reach = (last - first) * share
+    axis = torch.nn.functional.one_hot(side % 2, 2).bool()  # x or y
+    begins = torch.where(axis & (side >= 2)[..., None], last - reach, first)
+    ends = torch.where(axis & (side < 2)[..., None], first + reach, last)
+    strips = pixels_in_boxes(torch.cat((begins, ends), -1), (x.shape[-2], x.shape[-1]))
+    return torch.where(strips.any(1, keepdim=True), value, x)
+
+
 def center_heatmap(boxes: Boxes, size: tuple[int, int], *, sigma: float = 2.0) -> Tensor:
     """A map with a Gaussian bump at the centre of each box; where bumps overlap, the larger value counts.
 
     Args:
-        boxes: padded or a list, see `Boxes`.
+        boxes: padded `[B, n, 4]`, or a list with `[n, 4]` for each image.
         size: (H, W) of the map.
         sigma: width of a bump, pixels; it is cut off at a square of ⌊6.25 σ⌋ pixels (made odd).
 
     Returns:
         `[B, 1, H, W]` in [0, 1], 1 at the pixel that holds a centre.
+
+    Raises:
+        BadData: rows, which do not tell how many images there are.
     """
+    if isinstance(boxes, Tensor) and boxes.ndim == 2:
+        raise BadData("a map of centres needs boxes [B, n, 4] or a list: rows [N, 5] do not tell how many images there are")
     padded = boxes if isinstance(boxes, Tensor) else pad_boxes(boxes)
     rows, (height, width) = box_rows(padded), size
     reach = (int(6.25 * sigma) | 1) // 2

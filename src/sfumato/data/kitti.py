@@ -38,11 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.data.boxes import pad_boxes
 from sfumato.data.folders import hold_out, list_images
 from sfumato.data.image_files import CACHE_BYTES, Entry, Found, load
 from sfumato.data.image_set import ImageSet, InMemory, Items, Sample
 from sfumato.errors import BadData
+from sfumato.nn.boxes import pad_boxes
 
 VISIBLE = (1.0, 0.5, 0.25, float("nan"))
 """Visible share that stands for KITTI's degrees of occlusion: none, partly, largely, unknown; [our choice]."""
@@ -62,8 +62,9 @@ class Label:
 
     @property
     def values(self) -> Tensor:
-        """`[n, 2]`: depth of the 3D box's centre in metres, visible share."""
-        visible = torch.tensor(VISIBLE)[self.numbers[:, 1].long().clamp(0, 3)]
+        """`[n, 2]`: depth of the 3D box's centre in metres, visible share; NaN: unknown (-1 in a detector's files)."""
+        degree = self.numbers[:, 1].long()
+        visible = torch.tensor(VISIBLE)[torch.where(degree < 0, 3, degree.clamp(max=3))]
         return torch.stack((self.numbers[:, 12], visible), 1)
 
 
@@ -92,18 +93,23 @@ def open_kitti(
         The set, or None where nothing is held out.
 
     Raises:
-        BadData: no frames, or a label file that is none.
+        BadData: no frames to train on, or a label file that is none.
     """
     root = next((p for p in (folder, folder / "training") if (p / "image_2").is_dir()), None)
     if root is None or not (root / "label_2").is_dir():
         raise BadData(f"{folder}: a KITTI folder holds image_2/ and label_2/ (or training/ with both); this one does not")
     images, skipped = list_images(root / "image_2")
-    stems = {Path(name).stem: name for name in images}
+    stems: dict[str, str] = {}
+    for name in images:
+        if stems.setdefault(Path(name).stem, name) != name:
+            skipped.append((name, f"has the label of {stems[Path(name).stem]}"))
     labelled = [stem for stem in stems if (root / "label_2" / f"{stem}.txt").is_file()]
     skipped += [(stems[stem], "has no file in label_2") for stem in stems if stem not in set(labelled)]
     if not labelled:
         raise BadData(f"{folder}: no image of image_2 has a label of the same name in label_2")
     chosen = _of_split(root, labelled, split, holdout)
+    if not chosen and split == "train":
+        raise BadData(f"{folder}: no image with a label belongs to the training split: check ImageSets/train.txt, or remove it")
     if not chosen:
         return None
     labels = {stem: read_label(root / "label_2" / f"{stem}.txt") for stem in chosen}
@@ -177,6 +183,18 @@ def laser_distances(points: Tensor, label: Label, rectify: Tensor) -> Tensor:
     return torch.where(count > 0, chosen, torch.nan)
 
 
+def read_scan(path: Path) -> Tensor:
+    """Returns of a laser, `[P, 3]` metres in its own coordinates.
+
+    Raises:
+        BadData: no rows of four numbers, such as a file that was not copied to its end.
+    """
+    numbers = np.fromfile(path, np.float32)
+    if len(numbers) % 4 or path.stat().st_size % 4:
+        raise BadData(f"{path}: no scan of rows of four numbers (x, y, z, reflectance): the file is damaged, copy it again")
+    return torch.from_numpy(numbers.reshape(-1, 4)[:, :3])
+
+
 def read_calibration(path: Path) -> Tensor:
     """`[3, 4]`: from the laser's coordinates to those of the rectified camera.
 
@@ -210,8 +228,7 @@ class _Frames:
         x = F.pad(x, (0, max(0, width - x.shape[2]), 0, max(0, height - x.shape[1])))[:, :height, :width]
         values = label.values
         if self.root is not None:
-            scan = self.root / "velodyne" / f"{self.stems[i]}.bin"
-            points = torch.from_numpy(np.fromfile(scan, np.float32).reshape(-1, 4)[:, :3])
+            points = read_scan(self.root / "velodyne" / f"{self.stems[i]}.bin")
             values[:, 0] = laser_distances(points, label, read_calibration(self.root / "calib" / f"{self.stems[i]}.txt"))
         boxes = label.boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
         good = (boxes[:, 2:] > boxes[:, :2]).all(1)

@@ -26,7 +26,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -317,7 +317,10 @@ class Trainer:
         if not hasattr(self.data, "__getitem__"):
             raise BadData(f"{type(self.method).__name__} looks at its data before it trains: give data that can be indexed")
         with torch.no_grad():
-            self.method.survey(b.to(self.device) for b in epoch(self.data, self.method.config.batch_size))
+            generator = torch.Generator().manual_seed(key(self.options.seed, "survey"))
+            order = torch.randperm(len(self.data), generator=generator).tolist()
+            batches = epoch(self.data, self.method.config.batch_size, order=order)
+            self.method.survey(b.to(self.device) for b in batches)
 
     def _ema(self, saved: dict[str, Any]) -> Any:
         if self.options.ema is None:
@@ -393,14 +396,16 @@ def as_data(data: Any) -> Any:
     return open_data(data)
 
 
-def epoch(data: Any, batch_size: int, augment: Callable[..., Any] | None = None, seed: int = 0) -> Iterator[Batch]:
-    """Every sample once, in order; a batch ends early where the next image has another size."""
+def epoch(
+    data: Any, batch_size: int, augment: Callable[..., Any] | None = None, seed: int = 0, order: Iterable[int] | None = None
+) -> Iterator[Batch]:
+    """Every sample once, in order or in the one given; a batch ends early where the next image has another size."""
     if not hasattr(data, "__getitem__"):
         yield from read_loader(data)
         return
     samples = Augmented(data, augment, seed)
     batch: list[Any] = []
-    for i in range(len(data)):
+    for i in range(len(data)) if order is None else order:
         sample = samples[(0, i)]
         if batch and (len(batch) == batch_size or sample[0].shape != batch[0][0].shape):
             yield collate(batch)

@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import math
 
+import torch.nn.functional as F
 from torch import Tensor, where
 
 from sfumato.errors import BadSetting
+from sfumato.losses.masked import masked_mean
 
 
 def laplace_relative_nll(mean: Tensor, target: Tensor, log_scale: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -64,6 +66,32 @@ def balanced_l1(
     d, b = (pred - target).abs(), math.expm1(gamma / alpha)
     near = alpha / b * (b * d + 1) * (b * d / beta + 1).log() - alpha * d
     return _reduced(where(d < beta, near, gamma * d + gamma / b - alpha * beta), reduction)
+
+
+def distance_loss(output: Tensor, target: Tensor, *, kind: str = "smooth_l1") -> Tensor:
+    """The mean loss of predicted distances, where the true ones are known.
+
+    Args:
+        output: `[N, 1]` metres, or `[N, 2]` metres and a log-spread, which is clamped to [-10, 10].
+        target: `[N]` metres, NaN: not known.
+        kind: "smooth_l1", or with a spread "gaussian" (its log-variance) or "laplace" (see `laplace_relative_nll`).
+
+    Returns:
+        A scalar; 0 where nothing is known.
+
+    Raises:
+        BadSetting: an unknown kind, or one that asks for a spread that is not there.
+    """
+    if kind not in ("smooth_l1", "gaussian", "laplace") or (kind != "smooth_l1" and output.shape[1] < 2):
+        raise BadSetting(f"kind={kind!r} of {output.shape[1]} outputs: smooth_l1, or with a log-spread gaussian or laplace")
+    known, mean = target.isfinite(), output[:, 0]
+    y = where(known, target, 1.0)
+    if kind == "smooth_l1":
+        return masked_mean(F.smooth_l1_loss(mean, y, reduction="none"), known)
+    spread = output[:, 1].clamp(-10, 10)
+    if kind == "gaussian":
+        return masked_mean(F.gaussian_nll_loss(mean, y, spread.exp(), reduction="none"), known)
+    return masked_mean(laplace_relative_nll(mean, y, spread, reduction="none"), known)
 
 
 def _reduced(values: Tensor, reduction: str) -> Tensor:

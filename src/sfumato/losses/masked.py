@@ -56,14 +56,29 @@ def normalize_patches(t: Tensor, *, eps: float = 1e-6) -> Tensor:
     Reference:
         He et al. 2021, "normalized pixel values".
     """
-    mean, var = patch_statistics(t, eps=eps)
-    return (t - mean) / var.sqrt()
+    mean, deviation = _statistics(t, eps)
+    return (t - mean) / deviation
 
 
-def patch_statistics(t: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """What `normalize_patches` takes out: mean and `var + eps` of each patch, `[..., 1]`; `z * var.sqrt() + mean` undoes it."""
+def denormalize_patches(pred: Tensor, target: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Predictions of normalised patches with their patch's own mean and deviation put back: undoes `normalize_patches`.
+
+    Args:
+        pred: `[..., d]`, in units of the normalised patch.
+        target: `[..., d]`, the patches themselves.
+        eps: inside the root.
+
+    Returns:
+        Like `pred`; of `normalize_patches(target)` it is `target`.
+    """
+    mean, deviation = _statistics(target, eps)
+    return pred * deviation + mean
+
+
+def _statistics(t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each patch, `[..., 1]`."""
     var, mean = torch.var_mean(t, dim=-1, keepdim=True)
-    return mean, var + eps
+    return mean, (var + eps).sqrt()
 
 
 def masked_patch_mse(pred: Tensor, target: Tensor, hidden: Tensor, *, norm: bool = True, reduction: str = "mean") -> Tensor:

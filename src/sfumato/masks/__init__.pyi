@@ -24,6 +24,8 @@ from .random_masks import grid_shape as grid_shape
 from .random_masks import mask_from_scores as mask_from_scores
 from .random_masks import random_mask as random_mask
 from .ratio_schedules import ratio_schedule as ratio_schedule
+from .redundancy import redundant_tokens as redundant_tokens
+from .redundancy import token_redundancy as token_redundancy
 from .token_index import as_views as as_views
 from .token_index import take_tokens as take_tokens
 from .token_index import to_ids as to_ids

@@ -2,9 +2,14 @@ from .at_rest import eval_mode as eval_mode
 from .at_rest import exact_arithmetic as exact_arithmetic
 from .attention_capture import QKV as QKV
 from .attention_capture import capture_qkv as capture_qkv
+from .attention_capture import regroup_heads as regroup_heads
 from .blind_spot import CentreMaskedConv2d as CentreMaskedConv2d
 from .blind_spot import ConditionalBlindSpotNet as ConditionalBlindSpotNet
-from .conv_encoder import ConvEncoder as ConvEncoder
+from .boxes import box_geometry as box_geometry
+from .boxes import box_rows as box_rows
+from .boxes import pad_boxes as pad_boxes
+from .boxes import pixels_in_boxes as pixels_in_boxes
+from .boxes import resized_crops as resized_crops
 from .conv_stem_vit import ConvStemViT as ConvStemViT
 from .conv_stem_vit import MaskedConvBlock as MaskedConvBlock
 from .feature_pyramid import FeaturePyramid as FeaturePyramid
@@ -12,6 +17,7 @@ from .feature_pyramid import PyramidBackbone as PyramidBackbone
 from .flat import flatten_params as flatten_params
 from .flat import layer_slices as layer_slices
 from .flat import unflatten_params as unflatten_params
+from .frozen_vit import FrozenViT as FrozenViT
 from .gradient_histograms import hog as hog
 from .gradient_histograms import hog_image as hog_image
 from .gradient_histograms import hog_tokens as hog_tokens
@@ -31,6 +37,7 @@ from .masked_norms import masked_layer_norm as masked_layer_norm
 from .masked_vit import EncoderOutput as EncoderOutput
 from .masked_vit import MaskedDecoder as MaskedDecoder
 from .masked_vit import MaskedViTEncoder as MaskedViTEncoder
+from .object_attention import ObjectSetAttention as ObjectSetAttention
 from .object_autoencoder import MaskedObjectAutoencoder as MaskedObjectAutoencoder
 from .object_tokens import RoITokens as RoITokens
 from .padding import pad_to_multiple as pad_to_multiple

@@ -15,7 +15,7 @@ Works on any timm ViT whose blocks hold timm's `Attention`, and on `MaskedViTEnc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -35,13 +35,18 @@ class QKV(NamedTuple):
         return (self.q @ self.k.mT * self.q.shape[-1] ** -0.5).softmax(-1)
 
 
+class _Enough(Exception):
+    """All that was wanted has been seen."""
+
+
 @contextmanager
-def capture_qkv(vit: nn.Module, layers: Sequence[int] | None = None) -> Iterator[dict[int, QKV]]:
+def capture_qkv(vit: nn.Module, layers: Sequence[int] | None = None, *, stop: bool = False) -> Iterator[dict[int, QKV]]:
     """What each pass through the transformer within leaves behind, of some of its layers.
 
     Args:
         vit: a timm ViT, or any module whose `blocks` hold timm's `Attention` as `attn`.
         layers: which blocks, 0 is the first; None: all.
+        stop: end the `with` block as soon as the last of these layers was seen; what would come after it is not computed.
 
     Yields:
         `{layer: QKV}`, empty before the first pass; of several passes the last counts. Norms of queries and keys
@@ -56,12 +61,19 @@ def capture_qkv(vit: nn.Module, layers: Sequence[int] | None = None) -> Iterator
         raise BadSetting(f"{type(vit).__name__} has no layer {missing[0]}: it has {len(blocks)} blocks, counted from 0")
     attentions = {i: _attention(vit, blocks[i]) for i in wanted}
     seen: dict[int, QKV] = {}
+    last = max(attentions, default=-1) if stop else -1
+
+    def see(i: int, attn: Any, out: Tensor) -> None:
+        seen[i] = _split(attn, out)
+        if i == last:
+            raise _Enough
+
     hooks = [
-        attn.qkv.register_forward_hook(lambda _m, _i, out, i=i, attn=attn: seen.__setitem__(i, _split(attn, out)))
-        for i, attn in attentions.items()
+        attn.qkv.register_forward_hook(lambda _m, _i, out, i=i, attn=attn: see(i, attn, out)) for i, attn in attentions.items()
     ]
     try:
-        yield seen
+        with suppress(_Enough):
+            yield seen
     finally:
         for hook in hooks:
             hook.remove()
@@ -80,3 +92,8 @@ def _split(attn: Any, out: Tensor) -> QKV:
     batch, length, _ = out.shape
     q, k, v = out.reshape(batch, length, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     return QKV(attn.q_norm(q), attn.k_norm(k), v)
+
+
+def regroup_heads(t: Tensor, heads: int) -> Tensor:
+    """The same channels in another number of heads: `[B, h, n, d]` to `[B, heads, n, h d / heads]`."""
+    return t if t.shape[1] == heads else t.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)

@@ -5,7 +5,8 @@
 `IdentityCodec` is pixel space; `PatchPCA` fits on the user's pictures in a second; `DiffusersVAE` is latent diffusion's
 auto-encoder, from weights that the user has.
 
-Sources: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022 (VAE); Pearson 1901 (PCA).
+Sources: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022 (VAE); Pearson 1901 (PCA);
+Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance" (batch by batch).
 
 >>> import torch
 >>> from sfumato.nn import PatchPCA
@@ -17,6 +18,7 @@ Sources: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -78,11 +80,11 @@ class PatchPCA(nn.Module):
         self.register_buffer("variance", torch.ones(dims))
 
     @torch.no_grad()
-    def fit(self, x: Tensor) -> Self:
+    def fit(self, x: Tensor | Iterable[Tensor]) -> Self:
         """Find the components; `variance` `[dims]` tells how much each explains.
 
         Args:
-            x: pictures `[N, C, H, W]`, sides multiples of the patch.
+            x: pictures `[N, C, H, W]`, sides multiples of the patch; or batches of them, of which one at a time is held.
 
         Returns:
             Itself.
@@ -90,13 +92,23 @@ class PatchPCA(nn.Module):
         Raises:
             BadData: pictures of other channels or sides, or a single patch.
         """
-        rows = self._patches(x).flatten(0, 1).double()
-        if len(rows) < 2:
-            raise BadData("components need two patches or more, here is one")
-        values, vectors = torch.linalg.eigh(torch.cov(rows.T).reshape(rows.shape[1], -1))
+        count, mean = 0, torch.zeros_like(self.mean, dtype=torch.float64)
+        scatter = mean.outer(mean)
+        for pictures in [x] if isinstance(x, Tensor) else x:
+            rows = self._patches(pictures).flatten(0, 1).double()
+            if not len(rows):
+                continue
+            first, count = count, count + len(rows)
+            off = rows.mean(0) - mean
+            rows = rows - rows.mean(0)
+            scatter = scatter + rows.T @ rows + first * len(rows) / count * off.outer(off)
+            mean = mean + len(rows) / count * off
+        if count < 2:
+            raise BadData(f"components need two patches or more, here are {count}")
+        values, vectors = torch.linalg.eigh(scatter / (count - 1))
         basis = vectors.flip(1)[:, : len(self.basis)].T
         largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))  # positive: the same signs on every machine
-        self.mean.copy_(rows.mean(0))
+        self.mean.copy_(mean)
         self.basis.copy_(basis * largest.sign())
         self.variance.copy_(values.flip(0)[: len(self.basis)].clamp(min=0))
         return self

@@ -19,16 +19,18 @@ torch.Size([2, 96])
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.errors import BadData, BadSetting, nearest
+from sfumato.nn.at_rest import eval_mode
 from sfumato.nn.sparse_conv import set_hidden, sparsify
 
-OWN = "convnet"
-"""The name of `ConvStages`, beside timm's names."""
+GROUPS = 4
+"""Groups of channels that are normalised together in `GroupNormStages`."""
 
 
 class ConvStages(nn.Module):
@@ -47,6 +49,7 @@ class ConvStages(nn.Module):
             blocks = (_Residual(width) for _ in range(depth))
             stages.append(nn.Sequential(*_conv_norm(before, width, 2), nn.ReLU(inplace=True), *blocks))
         self.stages = nn.ModuleList(stages)
+        self.widths, self.strides = list(widths), [2 ** (i + 1) for i in range(len(widths))]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """`[B, C, H, W]` to maps at strides 2, 4, 8, ..."""
@@ -55,6 +58,52 @@ class ConvStages(nn.Module):
             x = stage(x)
             maps.append(x)
         return maps
+
+
+class GroupNormStages(nn.Module):
+    """A small residual network that normalises over groups of channels, so a picture's features do not depend on its batch.
+
+    Three stages, a quarter, a half and all of `dim` wide, each but the first halving the side; the last map is given. Such a norm
+    mixes positions, so there is no sparse form of it. Blocks are timm's; source: Wu and He 2018, "Group Normalization".
+
+    Args:
+        channels: of the pictures.
+        dim: channels of the map, a multiple of 16.
+        depth: residual blocks a stage.
+
+    Raises:
+        BadSetting: a width that cannot be divided.
+    """
+
+    def __init__(self, channels: int, dim: int = 64, depth: int = 1) -> None:
+        from timm.models.resnet import BasicBlock, downsample_conv
+
+        super().__init__()
+        if dim % (4 * GROUPS):
+            raise BadSetting(
+                f"the small network's stages are {dim} / 4 and / 2 wide, in {GROUPS} groups: dim must be a multiple of "
+                f"{4 * GROUPS}"
+            )
+        norm: Any = partial(nn.GroupNorm, GROUPS)
+        widths = (dim // 4, dim // 2, dim)
+        layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1, bias=False), norm(widths[0]), nn.ReLU()]
+        before = widths[0]
+        for width in widths:
+            for block in range(depth):
+                stride = 2 if block == 0 and width != widths[0] else 1
+                shortcut = None if before == width else downsample_conv(before, width, 1, stride, norm_layer=norm)
+                layers.append(BasicBlock(before, width, stride, shortcut, norm_layer=norm))
+                before = width
+        self.layers = nn.Sequential(*layers)
+        self.widths, self.strides = [dim], [4]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """`[B, C, H, W]` to one map at stride 4."""
+        return [self.layers(x)]
+
+
+OWN = {"convnet": ConvStages, "small": GroupNormStages}
+"""Networks beside timm's."""
 
 
 class _Residual(nn.Module):
@@ -74,13 +123,14 @@ class MaskedConvEncoder(nn.Module):
     """A convnet with sparse layers.
 
     Args:
-        model: a convolutional network of timm that gives feature maps, or "convnet", a small one (`ConvStages`).
+        model: a convolutional network of timm that gives feature maps, "convnet" (`ConvStages`) or "small" (`GroupNormStages`).
         size: side of the pictures in pixels that it is trained on; any other multiple of `patch` works too.
         channels: of the pictures.
         scales: how many of its maps are given, the coarsest ones.
-        model_settings: further arguments of `timm.create_model`, or of `ConvStages`.
+        model_settings: further arguments of `timm.create_model`, or of a network of our own.
         drop_path: share of residual branches skipped in training at the last block (of timm's networks).
         sync: batch statistics over all processes.
+        sparse: off leaves the layers as they are: any network goes, and it takes no mask.
 
     Attributes:
         patch: stride of the coarsest map: the side of what a mask hides.
@@ -90,7 +140,8 @@ class MaskedConvEncoder(nn.Module):
         batch_norm: whether it has batch normalisation.
 
     Raises:
-        BadSetting: an unknown model, settings that it does not take, a size that its stride does not divide.
+        BadSetting: an unknown model, settings that it does not take, a size that its stride does not divide, a layer that has no
+            sparse form.
     """
 
     def __init__(
@@ -103,11 +154,12 @@ class MaskedConvEncoder(nn.Module):
         model_settings: dict[str, Any] | None = None,
         drop_path: float = 0.0,
         sync: bool = False,
+        sparse: bool = True,
     ) -> None:
         super().__init__()
         self.settings: dict[str, Any] = {
             "model": model, "size": size, "channels": channels, "scales": scales, "model_settings": dict(model_settings or {}),
-            "drop_path": drop_path, "sync": sync,
+            "drop_path": drop_path, "sync": sync, "sparse": sparse,
         }  # fmt: skip
         net, widths, strides = _network(model, channels, model_settings or {}, drop_path)
         if size % strides[-1]:
@@ -115,7 +167,7 @@ class MaskedConvEncoder(nn.Module):
         self.batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
         if sync:
             net = _synchronised(net)
-        self.net = sparsify(net, inplace=True)
+        self.net = sparsify(net, inplace=True) if sparse else net
         self.widths, self.strides = widths[-scales:], strides[-scales:]
         self.channels, self.dim, self.patch = channels, widths[-1], strides[-1]
         self.grid = size // self.patch, size // self.patch
@@ -133,7 +185,9 @@ class MaskedConvEncoder(nn.Module):
 
         Raises:
             BadData: pictures of another number of channels or of sides that `patch` does not divide.
+            BadSetting: a mask, and an encoder with sparse=False.
         """
+        self._cut(x)
         if mask is None:
             return self.maps(x)
         with set_hidden(self, self.cells(x, mask), packed=packed) as holes:
@@ -147,10 +201,14 @@ class MaskedConvEncoder(nn.Module):
 
     def cells(self, x: Tensor, mask: Tensor) -> Tensor:
         """A mask `[B, L]` of pictures as `[B, rows, columns]`."""
+        return mask.view(len(x), *self._cut(x))
+
+    def _cut(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of the pictures' patches."""
         height, width = x.shape[-2:]
         if height % self.patch or width % self.patch:
             raise BadData(f"a picture of {height} x {width} pixels cannot be cut into patches of {self.patch}")
-        return mask.view(len(x), height // self.patch, width // self.patch)
+        return height // self.patch, width // self.patch
 
     def features(self, x: Tensor) -> Tensor:
         """One vector a picture: the coarsest map averaged over its positions, `[B, dim]`.
@@ -164,17 +222,19 @@ class MaskedConvEncoder(nn.Module):
         """The same network for timm.
 
         Returns:
-            Arguments of `timm.create_model`, and the state that its model loads strictly: what is trained here, and a fresh norm
-            where timm's head has one.
+            Arguments of `timm.create_model`, and the state that its model loads strictly: what is trained here, and fresh layers
+            where timm's head has any.
 
         Raises:
-            BadSetting: the small "convnet", which timm has not.
+            BadSetting: a network of our own, which timm has not.
         """
         import timm
 
         s = self.settings
-        if s["model"] == OWN:
-            raise BadSetting(f"model={OWN} is not timm's: train a model of timm to export it there (--weights writes any)")
+        if s["model"] in OWN:
+            raise BadSetting(
+                f"the {s['model']} network is not timm's: train a model of timm to export it there (--weights writes any)"
+            )
         arguments = {"model_name": s["model"], "in_chans": s["channels"], "num_classes": 0, **s["model_settings"]}
         ours: Any = self.net
         trained = {name: value.detach().clone() for name, value in ours.model.state_dict().items()}
@@ -183,25 +243,37 @@ class MaskedConvEncoder(nn.Module):
 
 def _network(model: str, channels: int, settings: dict[str, Any], drop_path: float) -> tuple[nn.Module, list[int], list[int]]:
     """A network from pictures to maps, their channels and their strides."""
-    if model == OWN:
+    if model in OWN:
         try:
-            own = ConvStages(channels, **settings)
+            own: Any = OWN[model](channels, **settings)
         except TypeError as error:
             raise BadSetting(f"model_settings={settings} do not suit {model}: {error}") from None
-        widths = [stage[0].out_channels for stage in own.stages]  # type: ignore[index]
-        return own, widths, [2 ** (i + 1) for i in range(len(widths))]
+        return own, own.widths, own.strides
     import timm
 
     if not timm.is_model(model):
-        raise BadSetting(
-            f"there is no model {model!r}; did you mean {', '.join(nearest(model, (OWN, *timm.list_models())) or [OWN])}?"
-        )
+        near = nearest(model, (*OWN, *timm.list_models())) or [*OWN, "resnet50"]
+        raise BadSetting(f"there is no model {model!r}; did you mean {', '.join(near)}?")
     depth: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     try:
         net: Any = timm.create_model(model, features_only=True, feature_cls="getter", in_chans=channels, **depth, **settings)
     except (AttributeError, AssertionError, RuntimeError, TypeError) as error:
         raise BadSetting(f"{model} with {depth | settings} gives no feature maps: {error}") from None
-    return net, list(net.feature_info.channels()), list(net.feature_info.reduction())
+    widths, strides = list(net.feature_info.channels()), list(net.feature_info.reduction())
+    if not _takes_any_size(net, channels, widths[-1], strides[-1]):
+        raise BadSetting(f"{model} makes no feature map of a picture of any size: take a convolutional network, such as resnet50")
+    return net, widths, strides
+
+
+@torch.no_grad()
+def _takes_any_size(net: nn.Module, channels: int, width: int, stride: int) -> bool:
+    """Whether a network's last map is two by three of a picture of so many strides; it is left as it was."""
+    with eval_mode(net):
+        try:
+            last = net(next(net.parameters()).new_zeros(1, channels, 2 * stride, 3 * stride))[-1]
+        except (AssertionError, RuntimeError, TypeError, ValueError):
+            return False
+    return tuple(last.shape) == (1, width, 2, 3)
 
 
 def _synchronised(net: nn.Module) -> nn.Module:

@@ -44,7 +44,7 @@ def patchify(x: Tensor, p: int, *, order: str = "hwc") -> Tensor:
         raise BadData(f"an image of {height} x {width} pixels cannot be cut into patches of {p}: both must be multiples of it")
     cells = x.reshape(batch, channels, height // p, p, width // p, p)
     cells = cells.permute(0, 2, 4, 3, 5, 1) if _channel_last(order) else cells.permute(0, 2, 4, 1, 3, 5)
-    return cells.reshape(batch, -1, p * p * channels)
+    return cells.reshape(batch, (height // p) * (width // p), p * p * channels)
 
 
 def unpatchify(t: Tensor, p: int, grid: Grid, channels: int, *, order: str = "hwc") -> Tensor:

@@ -120,7 +120,7 @@ class _BatchNorm(_SparseLayer):
     def forward(self, x: Tensor) -> Tensor:
         holes, sync, m = self.holes, self._sync(), self
         whole = holes is None or holes.packed or holes.pooled(x)
-        if whole and sync is None:
+        if whole and sync is None and not isinstance(self, nn.SyncBatchNorm):  # torch's own asks for a GPU, alone on a CPU too
             return self._dense(x)
         y = self._normalise(x, None if whole or holes is None else holes.at(*x.shape[2:]), sync)
         for name in ("drop", "act"):  # of timm's norms with an activation
@@ -182,13 +182,15 @@ class _Squeeze(_SparseLayer):
 
 
 class _ResponseNorm(_SparseLayer):
-    """A norm over all positions, to which zeros add nothing."""
+    """A norm over all positions, to which zeros add nothing; its bias would fill the holes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        holes, m = self.holes, self
-        if holes is None or not holes.packed:
+        holes = self.holes
+        if holes is None:
             return self._dense(x)
-        last = m.channel_dim == -1
+        last = bool(self.channel_dim == -1)
+        if not holes.packed:
+            return holes.blank(self._dense(x), channels_last=last)
         y = self._dense(holes.unpack(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if last else holes.unpack(x))
         return holes.pack(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if last else holes.pack(y)
 
@@ -214,7 +216,8 @@ NAMED: dict[str, type[_SparseLayer]] = {
 }  # fmt: skip
 """Layers of timm and torchvision, by the name of their class: neither is imported for it."""
 MIXING = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.ConvTranspose2d, nn.MultiheadAttention)
-"""Layers that mix positions and have no sparse form here."""
+MIXING_NAMED = ("Attention", "Attn", "Cbam", "EcaModule", "GatherExcite", "GlobalContext", "Lambda")
+"""Layers that mix positions and have no sparse form here: by class, and those of timm by what their names hold."""
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -263,13 +266,14 @@ def sparsify(module: nn.Module, *, inplace: bool = False) -> nn.Module:
         The sparse network, which computes like the dense one outside of `set_hidden`.
 
     Raises:
-        BadSetting: a layer that mixes positions and has no sparse form (group norm, transposed convolution, attention).
+        BadSetting: a layer that mixes positions and has no sparse form (group norm, transposed convolution, attention, and what
+            gates by a mean over positions, except squeeze and excitation).
 
     Reference:
         Tian et al. 2023, official `dense_model_to_sparse`.
     """
     for name, m in module.named_modules():
-        if isinstance(m, MIXING):
+        if isinstance(m, MIXING) or any(word in type(m).__name__ for word in MIXING_NAMED):
             raise BadSetting(
                 f"{name or 'the module'} is a {type(m).__name__}, which has no sparse form: take a network without it"
             )

@@ -15,3 +15,4 @@ from .schedules import cosine_warmup as cosine_warmup
 from .schedules import linear_ramp as linear_ramp
 from .schedules import log_cosine_warmup as log_cosine_warmup
 from .schedules import sigmoid_ramp as sigmoid_ramp
+from .value_clipping import ValueClippedAdamW as ValueClippedAdamW

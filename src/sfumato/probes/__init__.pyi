@@ -72,6 +72,7 @@ from .linear_operator import LinearOperator as LinearOperator
 from .numerics import nlm_alignment as nlm_alignment
 from .numerics import softmax_collapse as softmax_collapse
 from .numerics import zero_loss_fraction as zero_loss_fraction
+from .operations import multiply_adds as multiply_adds
 from .operators import EmpiricalFisherOperator as EmpiricalFisherOperator
 from .operators import FisherOperator as FisherOperator
 from .operators import GGNOperator as GGNOperator

@@ -39,11 +39,11 @@ def write_mask_report(
     """Write the page and return its path.
 
     Args:
-        picture: `[C, H, W]` in [0, 1], its sides multiples of two patches.
+        picture: `[C, H, W]` in [0, 1], its sides multiples of the patch; of two, for the mask of blocks.
         patch: side of a patch, pixels.
         ratios: hidden shares to show, 0 to 1.
-        scores: for the masks that look at the picture, `{"hard": (scores [L], what they are), "semantic": ...}`; None: from the
-            picture alone, see `picture_scores`.
+        scores: for the masks that look at the picture, `{"hard": (scores [L], what they are), "semantic": ...}`; what is not
+            given is from the picture alone, see `picture_scores`.
         generator: source of the draws.
         command: how to make the page again, to be shown.
 
@@ -51,10 +51,10 @@ def write_mask_report(
         BadData: sides that patches do not fill.
     """
     height, width = picture.shape[-2:]
-    if height % (2 * patch) or width % (2 * patch):
-        raise BadData(f"a picture of {height} x {width} pixels is not filled by blocks of two patches of {patch}: crop it")
+    if height % patch or width % patch:
+        raise BadData(f"a picture of {height} x {width} pixels is not filled by patches of {patch}: crop it")
     grid = (height // patch, width // patch)
-    scores = picture_scores(picture, patch) if scores is None else scores
+    scores = {**picture_scores(picture, patch), **(scores or {})}
     page = Page("Masks", subtitle=f"{height} x {width} pixels, {grid[0]} x {grid[1]} patches of {patch}")
     page.section("The picture").pictures({"nothing hidden": picture})
 
@@ -65,7 +65,12 @@ def write_mask_report(
         return [fill(picture[None], upsample_mask(h[None], grid, patch), how="color", value=0.5)[0] for h in hidden]
 
     for name, told in NAMED_MASKS.items():
-        section = page.section(name, intro=_told(name, told, scores))
+        odd = name == "block" and any(n % 2 for n in grid)
+        section = page.section(
+            name, intro=_told(name, told, scores) + odd * " Not here: they do not fill an odd number of patches."
+        )
+        if odd:
+            continue
         if name == "progressive":
             section.pictures({f"{p:.0%} of the training": shown(name, 0.75, p)[0] for p in PROGRESS})
         elif name == "disjoint":

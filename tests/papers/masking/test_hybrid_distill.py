@@ -2,9 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
-import yaml
 from timm.models.vision_transformer import VisionTransformer
 
 from sfumato.claim import Verdict, judge
@@ -13,16 +11,12 @@ from sfumato.engine import Options, Run, Trainer, build, load
 from sfumato.engine.lab import Lab
 from sfumato.errors import BadCheckpoint, BadSetting
 from sfumato.losses import feature_distill, relation_kl, value_relation_kl
-from sfumato.masks import take_tokens
+from sfumato.masks import take_tokens, token_redundancy
 from sfumato.method import Batch, Context, capabilities
-from sfumato.nn import MaskedViTEncoder, capture_qkv
+from sfumato.nn import FrozenViT, MaskedViTEncoder, capture_qkv, regroup_heads
 from sfumato.papers.masking.hybrid_distill import (
     HybridDistill,
-    Teacher,
     attention_of,
-    redundant_tokens,
-    regroup_heads,
-    token_redundancy,
     two_teachers,
 )
 from sfumato.papers.masking.mae import MAE
@@ -54,41 +48,6 @@ def nothing_hidden(n=4, length=16):
 
 def train(model, data, run=None):
     return Trainer(model, data, Options(device="cpu", workers=0), run=run).train(show=False)
-
-
-# ---- tokens
-
-
-def test_redundancy_is_the_reference():
-    tokens = VECTORS["tokens"]
-    redundancy = token_redundancy(tokens)
-    torch.testing.assert_close(redundancy, VECTORS["redundancy"], rtol=0, atol=1e-9)
-    drop = tokens.shape[1] // 3
-    assert torch.equal(redundant_tokens(tokens, drop, protect=0), VECTORS["kept"])
-
-
-def test_duplicates_go_first_and_the_class_token_never():
-    g = torch.Generator().manual_seed(0)
-    x = torch.linalg.qr(torch.randn(8, 8, generator=g))[0][None].repeat(2, 1, 1)
-    x[0, [2, 5]] = x[0, 4].clone()
-    x[1, 1:] = x[1, 0].clone()  # all alike, the class token too
-    kept = redundant_tokens(x, 3)
-    assert kept[0].tolist() == [0, 1, 3, 6, 7]
-    assert kept[1, 0] == 0
-    assert (kept.diff(dim=1) > 0).all()
-    assert redundant_tokens(x, 0).tolist() == [list(range(8))] * 2
-    assert redundant_tokens(torch.zeros(1, 5, 3), 4).tolist() == [[0]]
-    assert token_redundancy(torch.zeros(1, 1, 3)).tolist() == [[0]]
-
-
-def test_heads_are_regrouped_channel_by_channel():
-    t = torch.rand(2, 4, 5, 6)
-    assert torch.equal(regroup_heads(t, 2).transpose(1, 2).flatten(2), t.transpose(1, 2).flatten(2))
-    assert regroup_heads(t, 2).shape == (2, 2, 5, 12)
-    assert regroup_heads(t, 4) is t
-
-
-# ---- the student
 
 
 def test_paper_defaults():
@@ -219,77 +178,28 @@ def test_encode_and_export():
 # ---- teachers
 
 
-def test_teachers_are_copies_of_the_vit_inside_a_model():
-    source = mae()
-    teacher = Teacher.of(source)
-    tokens, seen = teacher(images(), [1])
-    assert torch.allclose(tokens, source.encoder(source.normalised(images()))[:, 1:], atol=1e-6)
-    assert list(seen) == [1]
-    with torch.no_grad():
-        source.encoder.norm.weight.zero_()
-    assert torch.equal(teacher(images())[0], tokens)
-    assert not any(p.requires_grad for p in teacher.parameters())
-    again = Teacher(teacher.settings)
-    again.load_state_dict(teacher.state_dict())
-    assert torch.equal(again(images())[0], tokens)
-    with pytest.raises(BadSetting, match="Linear has no vision transformer"):
-        Teacher.of(torch.nn.Linear(1, 1))
-
-
-def test_a_classifier_teaches_by_its_own_statistics():
-    torch.manual_seed(0)
-    sizes = {"channels": 3, "classes": 2, "image_size": 16, "mean": 0.4, "std": 0.3}
-    encoder = MaskedViTEncoder(16, 4, 3, dim=24, depth=1, heads=2).settings
-    source = Classifier(Classifier.Config.small(model="vit", **sizes, encoder_settings=encoder)).eval()
-    tokens, _ = Teacher.of(source)(images())
-    assert torch.allclose(tokens.mean(1), source.encode(images()), atol=1e-5)
-
-
-def test_a_plain_vit_teaches_without_a_name():
-    torch.manual_seed(0)
-    vit = VisionTransformer(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, class_token=False, global_pool="avg")
-    vit.fc_norm, vit.norm = torch.nn.Identity(), torch.nn.LayerNorm(32, eps=1e-6)
-    teacher = Teacher.of(vit.eval())
-    mean, std = (torch.tensor(s).view(3, 1, 1) for s in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    assert torch.allclose(teacher(images(size=64))[0], vit.forward_features((images(size=64) - mean) / std), atol=1e-4)
-    with pytest.raises(BadSetting, match="class token False, the student True"):
-        HybridDistill(HybridDistill.Config.small(**{**TINY, "dim": 32, "depth": 2}), relation_teacher=teacher.vit)
-    vit.blocks[0].attn.q_norm = torch.nn.LayerNorm(16)  # no longer plain, and no name to build it by
-    with pytest.raises(BadSetting, match="not a plain ViT"):
-        Teacher.of(vit)
-    named = timm.create_model("test_vit3", img_size=64)
-    named.blocks[0].attn.q_norm = torch.nn.LayerNorm(32)
-    with pytest.raises(BadSetting, match="changed after timm built it"):
-        Teacher.of(named)
-
-
-def test_a_timm_model_that_is_no_plain_vit_is_built_again_by_its_name():
-    """CLIP's: a norm before the blocks. Its pictures have their own statistics; grey ones are taken for colour, and resized."""
-    torch.manual_seed(0)
-    vit = timm.create_model("test_vit3", num_classes=0).eval()
-    teacher = Teacher.of(vit)
-    assert teacher.settings["timm"] == "test_vit3"
-    again = Teacher(yaml.safe_load(yaml.safe_dump(teacher.settings)))
-    again.load_state_dict(teacher.state_dict())
-    x = images(2, 1, 160)
-    mean, std = (torch.tensor(vit.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
-    expected = vit.forward_features((x.expand(-1, 3, -1, -1) - mean) / std)[:, vit.num_prefix_tokens :]
-    assert torch.allclose(again(x)[0], expected, atol=1e-4)
-    assert again(images(1, 3, 80))[0].shape[1] == expected.shape[1]
-
-
 def test_teachers_that_do_not_fit_are_refused_in_one_line():
     with pytest.raises(BadSetting, match=r"relation teacher does not fit: it has depth 1, the student 3, dim 24, the student 16"):
         build_student(mae(dim=24, depth=1))
     with pytest.raises(BadSetting, match=r"feature teacher does not fit: it has grid \(2, 2\), the student \(4, 4\)"):
         build_student(feature=mae(patch=8))
+    with pytest.raises(BadSetting, match="class token False, the student True"):
+        build_student(MaskedViTEncoder(16, 4, 3, dim=16, depth=3, heads=2, cls=False))
     with pytest.raises(BadSetting, match="takes 1 channels, the pictures have 3"):
         build_student(feature=mae(channels=1))
     grey = build_student(channels=1)  # a colour teacher of grey pictures
     assert grey.distillation(grey.normalised(images(channels=1)), nothing_hidden())[1] > 0
+    with pytest.raises(BadSetting, match="relation_layers is empty: name a layer, or set relation_weight=0"):
+        build_student(relation_layers=())
+    assert build_student(relation_layers=(), relation_weight=0.0).relation_layers == ()
     alone = HybridDistill(HybridDistill.Config.small(**TINY))
     with pytest.raises(BadSetting, match="relation_teacher=MODULE"):
         alone.distillation(images(), nothing_hidden())
+
+
+def test_it_has_no_errors_of_pixels_to_mask_by():
+    with pytest.raises(BadSetting, match="mask=hard asks for errors of pixels"):
+        build_student(mask="hard", mask_ratio=0.5).mask(images(), torch.Generator())
 
 
 def test_a_weight_of_nought_needs_no_teacher():
@@ -315,7 +225,7 @@ def test_teachers_named_by_runs_travel_in_the_checkpoint(tmp_path):
     }
     named = {name: str(run.path) for name, run in teachers.items()}
     model = build(HybridDistill, Facts(16, 3), preset="small", settings={**TINY, **named})
-    assert torch.equal(model.teachers["feature"](images())[0], Teacher.of(load(named["feature_teacher"]))(images())[0])
+    assert torch.equal(model.teachers["feature"](images()), FrozenViT.of(load(named["feature_teacher"]))(images()))
     run = run_of(tmp_path, "hybrid-distill", model, data)
     for teacher in teachers.values():
         teacher.path.rename(teacher.path.with_name(f"moved-{teacher.path.name}"))
@@ -328,7 +238,7 @@ def test_teachers_named_by_runs_travel_in_the_checkpoint(tmp_path):
 
 
 def test_a_new_run_needs_teachers_with_weights():
-    for settings in ({}, {"relation_teacher_settings": Teacher.of(mae()).settings}):
+    for settings in ({}, {"relation_teacher_settings": FrozenViT.of(mae()).settings}):
         with pytest.raises(BadSetting, match="relation_teacher is not named: say relation_teacher=MAE_RUN"):
             build(HybridDistill, Facts(8, 3), preset="small", settings={**TINY, **settings})
 

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from sfumato.losses import masked_patch_mse
 from sfumato.masks import count_hidden, random_mask, ratio_schedule, upsample_mask
 from sfumato.method import Batch, Context, capabilities
 from sfumato.nn import DiffusersVAE, PatchPCA, patchify
-from sfumato.papers.masking.lmd import LMD, growing, multiply_adds, operations, speed
+from sfumato.papers.masking.lmd import LMD, growing, operations, speed
 from sfumato.papers.masking.mae import MAE
 from sfumato.papers.optimization.classifier import Classifier
 
@@ -130,9 +131,10 @@ def test_the_pca_is_fitted_once_on_the_training_pictures():
     model, x = build(), crops(32)
     Trainer(model, x, CPU, steps=1)
     expected = PatchPCA(2, 3, channels=3).fit(x)
-    assert torch.equal(model.codec.basis, expected.basis)
+    assert torch.allclose(model.codec.basis, expected.basis, atol=1e-4)
+    known = model.codec.basis.clone()
     model.survey([batch(crops(32, seed=1))])
-    assert torch.equal(model.codec.basis, expected.basis)  # a known codec stays
+    assert torch.equal(model.codec.basis, known)  # a known codec stays
     full = build(latent_channels=12)
     full.survey([batch(x)])
     assert torch.allclose(full.decoded(full.normalised(x)), x, atol=1e-5)  # all components: exact
@@ -243,6 +245,20 @@ def test_views_of_a_cache_are_not_augmented_again():
     Trainer(model, cache, CPU, steps=2).train(show=False)
 
 
+def test_the_pca_looks_at_no_more_pictures_than_it_says(monkeypatch):
+    monkeypatch.setattr("sfumato.papers.masking.lmd.PCA_PICTURES", 20)
+    model, x, read = build(), crops(40), []
+
+    def batches():
+        for part in x.split(8):
+            read.append(len(part))
+            yield batch(part)
+
+    model.survey(batches())
+    assert read == [8, 8, 8]
+    assert torch.allclose(model.codec.basis, PatchPCA(2, 3, channels=3).fit(x[:24]).basis, atol=1e-4)
+
+
 def test_latents_without_their_pca_are_refused():
     cache = LatentCache(PatchPCA(2, 3, channels=3), crops())
     with pytest.raises(BadData, match="of a PCA that is not known here"):
@@ -279,7 +295,7 @@ def test_adan_is_the_papers():
     assert [g["weight_decay"] for g in adan.param_groups] == [0.0, 0.05]
     plain = {id(p) for p in adan.param_groups[0]["params"]}
     for name, p in model.named_parameters():
-        assert (id(p) in plain) == (p.ndim == 1 or name.endswith(("mask_token", "cls_token"))), name
+        assert (id(p) in plain) == (p.ndim == 1 or name.endswith("mask_token")), name
     rates = []
     for ctx.step in range(12):
         next(model.steps(ctx))
@@ -298,16 +314,6 @@ def test_settings_and_pictures_that_do_not_fit():
         build(codec="identity", latent_channels=4)
     with pytest.raises(BadData, match="pictures are 20 x 20, the network takes 16 x 16, or latents 3 x 8 x 8"):
         build().loss(batch(torch.rand(2, 3, 20, 20)), context())
-
-
-def test_multiply_adds_are_counted_exactly():
-    a, b = torch.zeros(3, 5), torch.zeros(5, 7)
-    assert multiply_adds(lambda: a @ b) == 3 * 5 * 7 / 1e9
-    q = torch.zeros(1, 2, 6, 4)
-    assert multiply_adds(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * 2 * 6 * 6 * 4 / 1e9
-
-
-# ---- the claims
 
 
 def by_hand(c, tokens, kept, numbers):
@@ -351,6 +357,11 @@ def test_the_claims_of_the_training_in_small():
     assert {metric, "hidden PSNR", "accuracy", "seconds"} <= set.intersection(*(set(figures[a]) for a in arms))
     assert figures["pixels, two points less"]["accuracy"] == pytest.approx(figures["pixels"]["accuracy"] - 0.02)
     assert [figures[a]["tokens"] for a in arms] == [64, 16, 16]
+    target = figures["pixels"]["hidden PSNR"]  # the first crossing, for every arm alike
+    for arm, curve in zip(arms, lab.curves, strict=True):
+        reached = [s for s, psnr in zip(curve["x"], curve["y"], strict=True) if psnr >= target]
+        seconds = reached[0] if reached else figures["pixels"]["seconds"]
+        assert figures[arm][metric] == pytest.approx(math.log2(seconds)), arm
     assert (
         figures["pixels"]["forward, MMAC"]
         > 2 * figures["latents"]["forward, MMAC"]

@@ -150,6 +150,8 @@ def test_decoder_and_fill():
     torch.testing.assert_close(decoder(maps), decoder.project(decoder.blocks[2](x)))
     assert decoder(maps[:1]).shape == (1, 2, 16, 16)
     assert decoder.blocks[0][0].bias.abs().max() == 0
+    with pytest.raises(BadSetting, match="GroupNorm, which has no sparse form"):
+        SparK(SparK.Config.small(model="small"))
     with pytest.raises(BadSetting, match="a decoder of width 20 cannot be halved over a stride of 8"):
         LightUNetDecoder(8, 20)
     fill = MaskFill(100)

@@ -27,7 +27,7 @@ def built(**over):
     return Classifier(small(**over))
 
 
-@pytest.mark.parametrize("model", ["conv", "mlp", "vit", "cnn", "resnet18", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("model", ["conv", "mlp", "vit", "convnet", "resnet18", "vit_tiny_patch16_224"])
 def test_every_kind_of_network(model):
     size = 32 if "_" in model else 8
     method = built(model=model, image_size=size, channels=3, classes=4).eval()

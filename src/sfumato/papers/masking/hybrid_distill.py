@@ -27,7 +27,7 @@ are dropped and by what score, the optimizer and its schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -39,18 +39,10 @@ from typing_extensions import Self
 from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.errors import BadSetting
 from sfumato.losses import feature_distill, relation_kl, value_relation_kl
-from sfumato.masks import count_hidden, fill, random_mask, take_tokens, to_ids, upsample_mask
+from sfumato.masks import as_views, count_hidden, fill, random_mask, redundant_tokens, take_tokens, to_ids, upsample_mask
 from sfumato.method import Batch, Context, Loss, Method
-from sfumato.nn import QKV, MaskedViTEncoder, capture_qkv
-from sfumato.papers.masking.mae import (
-    COLOR_STATISTICS,
-    GREY_STATISTICS,
-    MAE,
-    SMALL_ENCODER,
-    MaskedConfig,
-    MaskedImageModel,
-    as_views,
-)
+from sfumato.nn import QKV, FrozenViT, MaskedViTEncoder, capture_qkv, regroup_heads
+from sfumato.papers.masking.mae import MAE, SMALL_ENCODER, MaskedConfig, MaskedImageModel
 from sfumato.probes import attention_distance, attention_nmi
 
 ROLES = ("relation", "feature")
@@ -68,95 +60,6 @@ class StudentPass(NamedTuple):
     patches: Tensor
     ids: Tensor
     relations: dict[int, tuple[QKV, Tensor]]
-
-
-class Teacher(nn.Module):
-    """A frozen vision transformer with the mean and deviation of the pictures it was trained on.
-
-    Args:
-        settings: how it is built, as `Teacher.of` records it; weights are fresh.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__()
-        self.settings, self.trained = settings, False
-        if "encoder" in settings:
-            self.vit: Any = MaskedViTEncoder(**settings["encoder"])
-            self.prefix, self.dim, self.grid = self.vit.prefix, self.vit.dim, self.vit.grid
-        else:
-            import timm
-
-            arguments = {k: settings[k] for k in ("img_size", "in_chans")}
-            self.vit = timm.create_model(settings["timm"], pretrained=False, num_classes=0, **arguments)
-            self.prefix, self.dim, self.grid = self.vit.num_prefix_tokens, self.vit.embed_dim, self.vit.patch_embed.grid_size
-        patch = self.vit.patch_embed.proj
-        self.channels, self.size = patch.in_channels, [n * side for n, side in zip(self.grid, patch.kernel_size)]
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(settings[name]).view(-1, 1, 1), persistent=False)
-        self.eval().requires_grad_(False)
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Self:
-        """A copy of the vision transformer in a model: a timm ViT, a `MaskedViTEncoder`, or a method with either inside.
-
-        Raises:
-            BadSetting: a model without one, or with one that timm cannot build again from its name.
-        """
-        from timm.models.vision_transformer import VisionTransformer
-
-        found = (m for m in model.modules() if isinstance(m, (MaskedViTEncoder, VisionTransformer)))
-        vit: Any = next(found, None)
-        if vit is None:
-            raise BadSetting(f"{type(model).__name__} has no vision transformer to learn from")
-        published = getattr(vit, "pretrained_cfg", None) or {}
-        settings: dict[str, Any] = {}
-        for name, colour, grey in zip(("mean", "std"), COLOR_STATISTICS, GREY_STATISTICS):
-            own = getattr(model, name, None)
-            usual = published.get(name) or (colour if vit.patch_embed.proj.in_channels == 3 else grey)
-            settings[name] = own.flatten().tolist() if isinstance(own, Tensor) else list(usual)
-        if not isinstance(vit, MaskedViTEncoder):
-            try:
-                vit = MaskedViTEncoder.from_timm(vit)
-            except BadSetting:
-                if not published.get("architecture"):
-                    raise
-        if isinstance(vit, MaskedViTEncoder):
-            settings["encoder"] = dict(vit.settings)
-        else:
-            embed = vit.patch_embed
-            settings |= {"timm": published["architecture"], "img_size": list(embed.img_size), "in_chans": embed.proj.in_channels}
-        teacher, state = cls(settings), vit.state_dict()
-        own = teacher.vit.state_dict()
-        whole = {k for k in state if not k.startswith("head")} == own.keys()
-        if not whole or any(state[k].shape != v.shape for k, v in own.items()):
-            raise BadSetting(f"{settings['timm']} was changed after timm built it: a checkpoint could not build it again")
-        teacher.vit.load_state_dict({k: state[k] for k in own})
-        teacher.trained = True
-        return teacher
-
-    def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, x: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, dict[int, QKV]]:
-        """Last patch tokens `[B, L, D]`, and queries, keys and values of some layers.
-
-        Args:
-            x: `[B, C, H, W]` in [0, 1]; resized where the teacher takes another size; grey is taken for colour.
-            layers: which, 0 is the first.
-        """
-        if x.shape[1] == 1:
-            x = x.expand(-1, self.channels, -1, -1)
-        if list(x.shape[2:]) != self.size:
-            x = F.interpolate(x, self.size, mode="bicubic", antialias=True)
-        x = (x - self.mean) / self.std
-        with capture_qkv(self.vit, layers) as seen:
-            tokens: Tensor = self.vit(x) if isinstance(self.vit, MaskedViTEncoder) else self.vit.forward_features(x)
-        return tokens[:, self.prefix :], seen
 
 
 class HybridDistill(MaskedImageModel):
@@ -222,20 +125,22 @@ class HybridDistill(MaskedImageModel):
             raise BadSetting(
                 f"there is no layer {wrong[0]} to learn relations or drop tokens at: depth={c.depth} has 0 to {c.depth - 1}"
             )
+        if c.relation_weight and not self.relation_layers:
+            raise BadSetting("relation_layers is empty: name a layer, or set relation_weight=0")
         self.teachers = nn.ModuleDict()
         for role, given in zip(ROLES, (relation_teacher, feature_teacher)):
             settings = getattr(c, f"{role}_teacher_settings")
             if given is not None or settings is not None:
-                self.take(role, Teacher(settings) if given is None else Teacher.of(given))
+                self.take(role, FrozenViT(settings) if given is None else FrozenViT.of(given))
 
     # ---- teachers
 
-    def take(self, role: str, teacher: Teacher) -> None:
+    def take(self, role: str, teacher: FrozenViT) -> None:
         """Learn from a teacher from now on, and note in the settings how it is built.
 
         Args:
             role: "relation" or "feature".
-            teacher: see `Teacher.of`.
+            teacher: see `FrozenViT.of`.
 
         Raises:
             BadSetting: a teacher that does not fit the student.
@@ -267,7 +172,7 @@ class HybridDistill(MaskedImageModel):
             if not getattr(self.config, f"{role}_weight"):
                 continue
             if word is not None:
-                self.take(role, Teacher.of(open_model(word)))
+                self.take(role, FrozenViT.of(open_model(word)))
             elif role not in self.teachers or not self._teacher(role).trained:
                 example = "MAE_RUN" if role == "relation" else "CLASSIFIER_RUN"
                 raise BadSetting(
@@ -293,6 +198,14 @@ class HybridDistill(MaskedImageModel):
     def own_mask(self, x: Tensor, generator: torch.Generator, progress: float = 1.0) -> Tensor:
         """Nothing is hidden, unless `mask_ratio` says so: then tokens that the student never sees, uniformly random."""
         return random_mask(len(x), self.encoder.grid, self.config.mask_ratio, generator=generator)
+
+    def patch_errors(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Of no use here.
+
+        Raises:
+            BadSetting: always.
+        """
+        raise BadSetting("mask=hard asks for errors of pixels, and this student predicts none: take another mask")
 
     def student(self, x: Tensor, hidden: Tensor) -> StudentPass:
         """Run the student, dropping redundant tokens on the way.
@@ -327,11 +240,11 @@ class HybridDistill(MaskedImageModel):
         relation = feature = x.new_zeros(())
         if c.relation_weight:
             teacher = self._teacher("relation")
-            _, theirs = teacher(picture, self.relation_layers)
+            theirs = teacher.relations(picture, self.relation_layers)
             losses = [self._relation(own, theirs[i], ids, teacher.prefix) for i, (own, ids) in student.relations.items()]
             relation = torch.stack(losses).mean()
         if c.feature_weight:
-            target = take_tokens(self._teacher("feature")(picture)[0], student.ids)
+            target = take_tokens(self._teacher("feature")(picture), student.ids)
             feature = feature_distill(self.projector(student.patches), target, whiten=c.whiten, beta=c.smooth_l1_beta)
         return relation, feature
 
@@ -346,7 +259,7 @@ class HybridDistill(MaskedImageModel):
         generator, sums, count = torch.Generator(self.device).manual_seed(0), torch.zeros(2), 0
         for batch in batches:
             x = self.normalised(self.to_size(batch.x))
-            hidden = self.mask(x, generator)
+            hidden = self.evaluation_mask(x, generator)
             sums += len(batch) * torch.stack(self.distillation(as_views(x, hidden), hidden)).cpu()
             count += len(batch)
         return dict(zip(("relation_loss", "feature_loss"), (sums / count).tolist())) if count else {}
@@ -361,7 +274,7 @@ class HybridDistill(MaskedImageModel):
         pixels = upsample_mask(dropped, self.encoder.grid, self.config.patch)
         return {"picture": picture, "kept": fill(picture, pixels, how="color", value=0.5)}
 
-    def _teacher(self, role: str) -> Teacher:
+    def _teacher(self, role: str) -> FrozenViT:
         if role not in self.teachers:
             raise BadSetting(f"the {role} teacher is missing: give HybridDistill(config, {role}_teacher=MODULE)")
         return self.teachers[role]  # type: ignore[return-value]
@@ -373,36 +286,6 @@ class HybridDistill(MaskedImageModel):
         q_t, k_t, v_t = (torch.take_along_dim(t, rows, 2) for t in theirs)
         q, k, v = (regroup_heads(t, q_t.shape[1]) for t in own)
         return relation_kl(q, k, q_t, k_t) + value_relation_kl(v, v_t)
-
-
-def redundant_tokens(x: Tensor, drop: int, *, protect: int = 1) -> Tensor:
-    """Which tokens stay when those most like all others go: mean cosine to the others, the largest are dropped.
-
-    Args:
-        x: `[B, n, D]`; no gradient is followed.
-        drop: how many go, at most n - protect.
-        protect: leading tokens (class token) that stay, and do not count as others.
-
-    Returns:
-        `[B, n - drop]` positions that stay, ascending.
-    """
-    redundancy = token_redundancy(x[:, protect:])
-    stay = redundancy.topk(redundancy.shape[1] - drop, dim=1, largest=False, sorted=False).indices.sort(1).values + protect
-    leading = torch.arange(protect, device=x.device).expand(len(x), -1)
-    return torch.cat((leading, stay), 1)
-
-
-@torch.no_grad()
-def token_redundancy(x: Tensor) -> Tensor:
-    """Mean cosine of each token to the others of its sample, `[B, n, D]` to `[B, n]`; linear in n."""
-    unit = F.normalize(x, dim=-1)
-    others = unit.sum(1, keepdim=True) - unit
-    return (unit * others).sum(-1) / max(1, x.shape[1] - 1)
-
-
-def regroup_heads(t: Tensor, heads: int) -> Tensor:
-    """The same channels in another number of heads: `[B, h, n, d]` to `[B, heads, n, h d / heads]`."""
-    return t if t.shape[1] == heads else t.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 # ---- the claim

@@ -30,7 +30,7 @@ from typing_extensions import Self
 
 from sfumato.claim import Better, Figures, Lab, claim
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
-from sfumato.losses import masked_patch_mse, patch_statistics
+from sfumato.losses import denormalize_patches, masked_patch_mse
 from sfumato.masks import SCORED, as_views, fill, named_mask, random_mask, upsample_mask
 from sfumato.method import Batch, Context, Loss, Method, MethodConfig, Step
 from sfumato.nn import MaskedDecoder, MaskedViTEncoder, eval_mode, patchify, run_blocks, unpatchify
@@ -357,8 +357,7 @@ class MAE(MaskedImageModel):
         """Numbers for every patch as an image."""
         c = self.config
         if c.norm_pix:
-            mean, var = patch_statistics(patchify(x, c.patch))
-            predicted = predicted * var.sqrt() + mean
+            predicted = denormalize_patches(predicted, patchify(x, c.patch))
         return unpatchify(predicted, c.patch, self.encoder.grid, self.channels)
 
 

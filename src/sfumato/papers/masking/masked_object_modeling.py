@@ -5,7 +5,7 @@
     L_mom = Σ w_i (x̂_i - x_i)² / Σ w_i     over hidden cells of the objects' crops; w = 0 for dark and for small objects
 
 Masks lie on tokens of objects, not on pixels of frames: an object of ten pixels is never hidden as a whole. One stage; at the end
-nothing is hidden and the decoder is not run. `MoMHead` adds the auxiliary loss to any detector or regressor.
+nothing is hidden and the decoder is not run. `MaskedObjectHead` adds the auxiliary loss to any detector or regressor.
 
 Source: Panariello, Mancusi, Haj Ali, Porrello, Calderara, Cucchiara 2024, "Monocular Per-Object Distance Estimation with Masked
 Object Modeling" (first as "DistFormer"), CVIU 2025, arXiv 2401.03191. Defaults are those for KITTI. Our choices: crops by
@@ -27,278 +27,35 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
 from sfumato.claim import Better, Figures, Holds, Lab, claim
-from sfumato.data.boxes import Boxes, box_rows, center_heatmap, jitter_boxes, pad_boxes, resized_crops
-from sfumato.errors import BadData, BadSetting
-from sfumato.losses import laplace_relative_nll, masked_mean, normalize_patches, patch_statistics
-from sfumato.masks import mask_from_scores, random_mask, upsample_mask
-from sfumato.masks.random_masks import Grid, grid_shape
+from sfumato.data.boxes import center_heatmap, cover_boxes, flip_boxes, jitter_boxes
+from sfumato.errors import BadData
+from sfumato.losses import (
+    MaskedObjectHead,
+    Objects,
+    denormalize_patches,
+    distance_loss,
+    masked_object_mse,
+    object_cells,
+    object_pixels,
+    object_weights,
+)
+from sfumato.masks import random_mask, upsample_mask
 from sfumato.method import Batch, Context, Loss, Method, MethodConfig, Step
 from sfumato.metrics import distance_metrics
-from sfumato.nn import MaskedObjectAutoencoder, PyramidBackbone, RoITokens
-from sfumato.optim import cosine_warmup, linear_ramp
+from sfumato.nn import ObjectSetAttention, PyramidBackbone, box_geometry, box_rows, pad_boxes, pixels_in_boxes, resized_crops
+from sfumato.nn.boxes import Boxes
+from sfumato.optim import ValueClippedAdamW, cosine_warmup, linear_ramp
 from sfumato.papers.masking.mae import COLOR_STATISTICS, GREY_STATISTICS
-
-# ---- the auxiliary loss
-
-
-def object_cells(crops: Tensor, grid: Grid) -> Tensor:
-    """Crops cut into the cells that tokens stand for: `[N, C, h, w]` to `[N, L, C · h/rows · w/columns]`, channel first.
-
-    Raises:
-        BadData: the cells do not fill the crops.
-    """
-    (rows, columns), (count, channels, height, width) = grid_shape(grid), crops.shape
-    if height % rows or width % columns:
-        raise BadData(f"crops of {height} x {width} pixels cannot be cut into {rows} x {columns} cells: both must be multiples")
-    cells = crops.reshape(count, channels, rows, height // rows, columns, width // columns).permute(0, 2, 4, 1, 3, 5)
-    return cells.reshape(count, rows * columns, channels * (height // rows) * (width // columns))
-
-
-def object_pixels(cells: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
-    """The inverse of `object_cells`: `[N, L, P]` to `[N, C, *size]`."""
-    (rows, columns), channels = grid_shape(grid), cells[0].numel() // (size[0] * size[1])
-    parts = cells.reshape(len(cells), rows, columns, channels, size[0] // rows, size[1] // columns).permute(0, 3, 1, 4, 2, 5)
-    return parts.reshape(len(cells), channels, *size)
-
-
-def masked_object(
-    pred: Tensor, crops: Tensor, hidden: Tensor, grid: Grid, *, weights: Tensor | None = None, norm_pix: bool = False
-) -> Tensor:
-    """L_mom: mean squared error per pixel of the hidden cells, objects weighted.
-
-    Args:
-        pred: `[N, L, P]`, pixels of every cell, channel first.
-        crops: `[N, C, h, w]`, clean.
-        hidden: `[N, L]` bool, True = counted.
-        grid: cells along each side.
-        weights: `[N]`, not negative; None: equal.
-        norm_pix: compare with each cell's pixels at mean 0 and (unbiased) variance 1.
-
-    Returns:
-        A scalar; 0 where nothing counts.
-    """
-    target = object_cells(crops, grid)
-    if norm_pix:
-        target = normalize_patches(target)
-    return masked_mean((pred - target).square().mean(-1), hidden, weight=None if weights is None else weights[:, None])
-
-
-def object_weights(
-    crops: Tensor,
-    rows: Tensor,
-    *,
-    min_brightness: float = 1e-2,
-    min_box: float = 25.0,
-    weight_dark: float = 0.0,
-    weight_small: float = 0.0,
-) -> Tensor:
-    """What each object counts in L_mom.
-
-    Args:
-        crops: `[N, C, h, w]` in [0, 1].
-        rows: `[N, 5]`, see `box_rows`.
-        min_brightness: mean over pixels of the largest channel below which an object is dark.
-        min_box: width or height below which it is small, pixels.
-        weight_dark: of dark objects.
-        weight_small: of small ones.
-
-    Returns:
-        `[N]`: 1, or the weight (for both: the product); 0 for boxes of less than a pixel.
-    """
-    dark = crops.amax(1).mean((1, 2)) < min_brightness
-    side = (rows[:, 3:] - rows[:, 1:3]).amin(1)
-    weights = torch.where(dark, weight_dark, 1.0) * torch.where(side < min_box, weight_small, 1.0)
-    return torch.where(side < 1, 0.0, weights).to(crops)
-
-
-class Objects(NamedTuple):
-    """What `MoMHead` knows of the objects of a batch, in the order of `rows`.
-
-    Args:
-        features: `[N, dim]`, mean of the encoded tokens.
-        loss: L_mom; 0 where nothing was reconstructed.
-        rows: `[N, 5]`, see `box_rows`.
-        crops: `[N, C, h, w]`, or None where they were not needed.
-        hidden: `[N, L]` bool, or None where nothing was hidden.
-        predicted: `[N, L, P]`, pixels of every cell, or None.
-    """
-
-    features: Tensor
-    loss: Tensor
-    rows: Tensor
-    crops: Tensor | None
-    hidden: Tensor | None
-    predicted: Tensor | None
-
-
-class MoMHead(nn.Module):
-    """Masked object modelling for any network: one vector for every box, and the auxiliary loss while training.
-
-    Args:
-        backbone: images `[B, C, H, W]` to features `[B, feature_dim, H / stride, W / stride]`; yours. None: features are given.
-        feature_dim: channels of the features.
-        stride: pixels of the image for one of the features.
-        dim: width of the tokens.
-        grid: tokens along each side of an object.
-        crop: (height, width) in pixels to which objects are resized; multiples of the grid.
-        channels: of the images.
-        mask_ratio: share of each object's tokens that is hidden while training.
-        norm_pix: predict pixels normalised within each cell.
-        visible_weight: of the same loss on visible cells (the paper's 0.001 on MOTSynth).
-        hidden_dim: channels inside the projection of the features.
-        aligned: see `RoITokens`.
-        weighing: arguments of `object_weights`.
-        autoencoder: arguments of `MaskedObjectAutoencoder`.
-
-    Example:
-        >>> head = MoMHead(nn.Conv2d(3, 8, 3, 4, 1), 8, 4, dim=24, grid=4, crop=(16, 16), weighing={"min_box": 2})
-        >>> objects = head(torch.rand(2, 3, 32, 32), [torch.tensor([[2.0, 3.0, 20.0, 30.0]]), torch.empty(0, 4)])
-        >>> objects.features.shape, bool(objects.loss > 0)  # add objects.loss to your own
-        (torch.Size([1, 24]), True)
-    """
-
-    def __init__(
-        self,
-        backbone: nn.Module | None,
-        feature_dim: int,
-        stride: int,
-        *,
-        dim: int = 768,
-        grid: Grid = 8,
-        crop: tuple[int, int] = (120, 120),
-        channels: int = 3,
-        mask_ratio: float = 0.5,
-        norm_pix: bool = False,
-        visible_weight: float = 0.0,
-        hidden_dim: int = 256,
-        aligned: bool = True,
-        weighing: dict[str, float] | None = None,
-        autoencoder: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        rows, columns = grid_shape(grid)
-        if crop[0] % rows or crop[1] % columns:
-            raise BadSetting(f"crop={crop} is no multiple of the grid {rows} x {columns}: every token stands for whole pixels")
-        self.backbone, self.stride, self.grid, self.crop = backbone, stride, (rows, columns), crop
-        self.mask_ratio, self.norm_pix, self.visible_weight = mask_ratio, norm_pix, visible_weight
-        self.weighing = dict(weighing or {})
-        self.tokens = RoITokens(feature_dim, dim, self.grid, hidden=hidden_dim, aligned=aligned)
-        cell = (crop[0] // rows, crop[1] // columns)
-        self.autoencoder = MaskedObjectAutoencoder(dim, self.grid, cell=cell, channels=channels, **(autoencoder or {}))
-
-    def draw_mask(self, count: int, *, device: Any = None, generator: torch.Generator | None = None) -> Tensor:
-        """`[count, L]` bool: of each object the ⌊ratio · L⌋ tokens with the smallest noise."""
-        device = generator.device if generator is not None else device
-        noise = torch.rand(count, self.grid[0] * self.grid[1], generator=generator, device=device)
-        return mask_from_scores(noise, ratio=self.mask_ratio, largest=False, rule="hide_floor")
-
-    def forward(
-        self,
-        x: Tensor,
-        boxes: Boxes,
-        *,
-        features: Tensor | None = None,
-        crops: Tensor | None = None,
-        hidden: Tensor | None = None,
-        reconstruct: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> Objects:
-        """One vector a box; in training mode, or under a given mask, with L_mom.
-
-        Args:
-            x: `[B, C, H, W]`; in [0, 1] unless `crops` are given.
-            boxes: xyxy in pixels of `x`: padded `[B, n, 4]`, a list of `[n, 4]`, or rows `[N, 5]`.
-            features: of `x`, instead of calling the backbone.
-            crops: clean ones `[N, C, h, w]`, where `x` is not what is to be predicted.
-            hidden: `[N, L]` bool; None: drawn in training mode, else nothing is hidden.
-            reconstruct: predict the hidden cells and compute the loss.
-            generator: source of the mask.
-
-        Raises:
-            BadData: features that do not have the stride.
-        """
-        rows = box_rows(boxes).to(x)
-        if features is None:
-            if self.backbone is None:
-                raise BadData("this head has no backbone: give features=")
-            features = self.backbone(x)
-        if any(abs(f * self.stride - s) >= self.stride for f, s in zip(features.shape[-2:], x.shape[-2:])):
-            raise BadData(
-                f"features are {list(features.shape[-2:])}: stride {self.stride} of {list(x.shape[-2:])} is something else"
-            )
-        tokens = self.tokens(features, rows, (x.shape[-2], x.shape[-1]))
-        if hidden is None and self.training:
-            hidden = self.draw_mask(len(rows), device=x.device, generator=generator)
-        encoded = self.autoencoder.encode(tokens, hidden)
-        loss, predicted = encoded.new_zeros(()), None
-        if hidden is not None and reconstruct:
-            crops = resized_crops(x, rows, self.crop) if crops is None else crops
-            predicted = self.autoencoder.decode(encoded, hidden)
-            weights = object_weights(crops, rows, **self.weighing)
-            settings: dict[str, Any] = {"weights": weights, "norm_pix": self.norm_pix}
-            loss = masked_object(predicted, crops, hidden, self.grid, **settings)
-            if self.visible_weight:
-                loss = loss + self.visible_weight * masked_object(predicted, crops, ~hidden, self.grid, **settings)
-        return Objects(encoded.mean(1), loss, rows, crops, hidden, predicted)
-
-
-# ---- the network
-
-
-class ObjectSetAttention(nn.Module):
-    """The objects of a frame look at each other: x' = LN(x + MHA(x)), out = LN(x + FFN(x')); the second sum adds x, not x'.
-
-    All objects of a batch are attended to at once under a mask that keeps frames apart: nothing is padded.
-
-    Args:
-        dim: width.
-        heads: attention heads.
-    """
-
-    def __init__(self, dim: int, heads: int = 4) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.feed = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
-        self.norm, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor, frame: Tensor) -> Tensor:
-        """`[N, dim]` and the number of each object's frame `[N]`, to `[N, dim]`."""
-        if not len(x):
-            return x
-        apart = frame[:, None] != frame[None]
-        attended, _ = self.attention(x[None], x[None], x[None], attn_mask=apart, need_weights=False)
-        out: Tensor = self.norm2(x + self.feed(self.norm(x + attended[0])))
-        return out
-
-
-class ValueClippedAdamW(torch.optim.AdamW):
-    """AdamW on gradients of which each entry is clipped to [-clip, clip], inside the closure."""
-
-    def __init__(self, params: Any, *, clip: float | None = None, **settings: Any) -> None:
-        super().__init__(params, **settings)
-        self.clip = clip
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step."""
-
-        def clipped() -> Any:
-            loss = closure() if closure is not None else None
-            if self.clip is not None:
-                nn.utils.clip_grad_value_([p for group in self.param_groups for p in group["params"]], self.clip)
-            return loss
-
-        return super().step(clipped)
 
 
 class MoM(Method):
@@ -392,7 +149,7 @@ class MoM(Method):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         backbone = PyramidBackbone(c.backbone, channels + c.use_centers, pretrained=c.pretrained)
-        self.head = MoMHead(
+        self.head = MaskedObjectHead(
             backbone, backbone.out_channels, backbone.stride, dim=c.dim, grid=c.grid, crop=c.crop, channels=channels,
             mask_ratio=c.mask_ratio, norm_pix=c.norm_pix, visible_weight=c.visible_weight, hidden_dim=c.roi_dim,
             aligned=c.aligned,
@@ -429,25 +186,11 @@ class MoM(Method):
         hidden = self.mask(crops, ctx.generator, ctx.progress) if c.mask_ratio else None
         objects = self._objects(x, boxes, rows, crops=crops, hidden=hidden, reconstruct=c.alpha > 0)
         output = self._output(objects, (x.shape[-2], x.shape[-1]))
-        distance = self.distance_criterion(output, target[boxes.isfinite().all(-1)][:, 0])
+        distance = distance_loss(output, target[boxes.isfinite().all(-1)][:, 0], kind=c.distance_loss)
         s_d = linear_ramp(ctx.progress, start=c.distance_warmup[0], end=c.distance_warmup[1])
         s_m = linear_ramp(ctx.progress, end=c.mom_warmup)
         value = s_d * distance + c.alpha * s_m * objects.loss
         return Loss(value, max(1, len(rows)), {"distance": distance.detach(), "reconstruction": objects.loss.detach()})
-
-    def distance_criterion(self, output: Tensor, metres: Tensor) -> Tensor:
-        """The loss of outputs `[N, 1 or 2]` (metres, and a log-spread) against distances `[N]`; NaN ones do not count."""
-        known = metres.isfinite()
-        y, mean, kind = torch.where(known, metres, 1.0), output[:, 0], self.config.distance_loss
-        if kind == "smooth_l1":
-            values = F.smooth_l1_loss(mean, y, reduction="none")
-        else:
-            spread = output[:, 1].clamp(-10, 10)
-            if kind == "gaussian":
-                values = F.gaussian_nll_loss(mean, y, spread.exp(), reduction="none")
-            else:
-                values = laplace_relative_nll(mean, y, spread, reduction="none")
-        return masked_mean(values, known)
 
     def _moved(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Frames, boxes and what is known of them, mirrored and jittered."""
@@ -458,8 +201,7 @@ class MoM(Method):
         if c.flip:
             flip = torch.rand(len(x), 1, generator=generator, device=generator.device).to(x.device) < 0.5
             x = torch.where(flip[..., None, None], x.flip(-1), x)
-            x1, y1, x2, y2 = boxes.unbind(-1)
-            boxes = torch.where(flip[..., None], torch.stack((width - x2, y1, width - x1, y2), -1), boxes)
+            boxes = torch.where(flip[..., None], flip_boxes(boxes, width), boxes)
         if c.jitter != "none":
             boxes = jitter_boxes(boxes, (x.shape[-2], width), mode=c.jitter, iou=c.jitter_iou, generator=generator)
         return x, boxes, target if target.ndim == 3 else target[..., None]
@@ -477,7 +219,7 @@ class MoM(Method):
         if self.attention is not None:
             features = self.attention(features, objects.rows[:, 0])
         if self.config.box_geometry:
-            features = torch.cat((features, _geometry(objects.rows, size).to(features)), 1)
+            features = torch.cat((features, box_geometry(objects.rows[:, 1:], size).to(features)), 1)
         output: Tensor = self.regressor(features)
         if self.config.output == "exp":
             output = torch.cat((output[:, :1].clamp(max=10).exp(), output[:, 1:]), 1)
@@ -559,16 +301,15 @@ class MoM(Method):
         weights = object_weights(crops, rows, **self.head.weighing)
         settings: dict[str, Any] = {"hidden": hidden, "grid": self.head.grid, "weights": weights}
         plain = object_cells(crops.mean((2, 3), keepdim=True).expand_as(crops), self.head.grid)
-        ours = masked_object(self._pixels(objects), crops, **settings)
-        return ours, masked_object(plain, crops, **settings), weights.sum()
+        ours = masked_object_mse(self._pixels(objects), crops, **settings)
+        return ours, masked_object_mse(plain, crops, **settings), weights.sum()
 
     def _pixels(self, objects: Objects) -> Tensor:
         """Predicted cells in [0, 1]: normalised ones get their own mean and deviation back."""
         assert objects.predicted is not None and objects.crops is not None  # noqa: PT018
         if not self.config.norm_pix:
             return objects.predicted
-        mean, var = patch_statistics(object_cells(objects.crops, self.head.grid))
-        return objects.predicted * var.sqrt() + mean
+        return denormalize_patches(objects.predicted, object_cells(objects.crops, self.head.grid))
 
     @torch.no_grad()
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
@@ -599,13 +340,6 @@ def _boxed(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch.x, batch.boxes
 
 
-def _geometry(rows: Tensor, size: tuple[int, int]) -> Tensor:
-    """Centre and log-size of each box over the frame's: `[N, 4]`."""
-    frame = rows.new_tensor([size[1], size[0]])
-    side = (rows[:, 3:] - rows[:, 1:3]).clamp(min=1) / frame
-    return torch.cat(((rows[:, 1:3] + rows[:, 3:]) / (2 * frame), side.log()), 1)
-
-
 # ---- the claims
 
 ARMS: dict[str, dict[str, float]] = {
@@ -628,7 +362,8 @@ def occlusion(lab: Lab) -> Figures:
     """192 drawn frames of digits at 4 to 20 m, 40 epochs; three arms from the same weights on the same frames."""
     train, test = _scenes(lab)
     assert test.boxes is not None
-    hidden = Batch(cover(test.x, test.boxes, 0.4, generator=lab.generator), test.index, target=test.target, boxes=test.boxes)
+    covered = cover_boxes(test.x, test.boxes, 0.4, generator=lab.generator)
+    hidden = Batch(covered, test.index, target=test.target, boxes=test.boxes)
     lab.picture("covered", hidden.x[:8])
     figures: Figures = {}
     for arm, model in _trained(lab, train, ARMS).items():
@@ -675,34 +410,6 @@ def _trained(lab: Lab, train: Batch, arms: dict[str, dict[str, float]], *, epoch
     return models
 
 
-def cover(x: Tensor, boxes: Tensor, share: float, *, generator: torch.Generator | None = None) -> Tensor:
-    """A grey strip over a share of every box, from one of its four sides.
-
-    Args:
-        x: `[B, C, H, W]` in [0, 1].
-        boxes: `[B, n, 4]` xyxy in pixels, rows of NaN where there is none.
-        share: covered share of each box's area, by its own strip; others' may cover more.
-        generator: source of the sides.
-
-    Returns:
-        Like `x`.
-    """
-    side = torch.randint(4, boxes.shape[:2], generator=generator)
-    first, last = boxes[..., :2], boxes[..., 2:]
-    reach = (last - first) * share
-    axis = torch.nn.functional.one_hot(side % 2, 2).bool()  # x or y
-    begins = torch.where(axis & (side >= 2)[..., None], last - reach, first)
-    ends = torch.where(axis & (side < 2)[..., None], first + reach, last)
-    return torch.where(_inside(torch.cat((begins, ends), -1), x.shape[-2:]).any(1, keepdim=True), 0.5, x)
-
-
-def _inside(boxes: Tensor, size: Any) -> Tensor:
-    """Pixels whose centre lies in each box, `[B, n, H, W]` bool."""
-    y, x = (torch.arange(n, device=boxes.device) + 0.5 for n in size)
-    x1, y1, x2, y2 = (v[..., None] for v in boxes.unbind(-1))
-    return ((y >= y1) & (y < y2))[..., :, None] & ((x >= x1) & (x < x2))[..., None, :]
-
-
 @claim(
     "Masks of objects never hide an object as a whole; masks of frames do, the smaller the more often",
     Holds(
@@ -724,12 +431,12 @@ def whole_objects(lab: Lab) -> Figures:
     generator = lab.generator
     frames = perspective_scenes(lab.steps(400), generator=generator)
     assert frames.boxes is not None
-    inside = _inside(frames.boxes, frames.x.shape[-2:])
+    inside = pixels_in_boxes(frames.boxes, (frames.x.shape[-2], frames.x.shape[-1]))
     there = frames.boxes.isfinite().all(-1)
     seen = ~upsample_mask(random_mask(len(frames), 4, 0.5, rule="hide_floor", generator=generator), 4, 16)
     visible = ((inside & seen).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1))[there]
     small = (frames.boxes[..., 3] - frames.boxes[..., 1])[there] < 16
-    head = MoMHead(None, 1, 1, dim=24, grid=8, crop=(8, 8))
+    head = MaskedObjectHead(None, 1, 1, dim=24, grid=8, crop=(8, 8))
     kept = 1 - head.draw_mask(int(there.sum()), generator=generator).float().mean(1)
     return {
         arm: {

@@ -36,7 +36,7 @@ from sfumato.errors import BadSetting
 from sfumato.losses import frequency_loss
 from sfumato.masks import frequency_disc, random_frequency_mask
 from sfumato.method import Batch, Context, Loss
-from sfumato.nn import ConvEncoder, MaskedDecoder, MaskedViTEncoder, PixelShuffleHead, reflect_pad, unpatchify
+from sfumato.nn import MaskedConvEncoder, MaskedDecoder, MaskedViTEncoder, PixelShuffleHead, reflect_pad, unpatchify
 from sfumato.optim import cosine_warmup
 from sfumato.papers.masking.mae import SMALL_ENCODER, MaskedConfig, MaskedImageModel
 from sfumato.physics import apply_frequency_mask, gaussian_or_poisson_noise, random_blur_kernels
@@ -99,20 +99,20 @@ class MFM(MaskedImageModel):
             self.encoder = MaskedViTEncoder(
                 c.image_size, c.patch, self.channels, c.dim, c.depth, c.heads, mlp_ratio=c.mlp_ratio, positions=c.positions
             )
-            self.stride = c.patch
         else:
             if c.decoder_depth:
                 raise BadSetting(f"decoder_depth={c.decoder_depth}: a decoder stands behind network=vit, not behind {c.network}")
-            self.encoder = ConvEncoder(c.network, self.channels, dim=c.dim)  # type: ignore[assignment]
-            self.stride = self.encoder.stride  # type: ignore[assignment]
-            if c.image_size % self.stride:
-                raise BadSetting(f"image_size={c.image_size} must be a multiple of {c.network}'s stride, {self.stride}")
+            own = {"dim": c.dim} if c.network == "small" else {}
+            convnet = MaskedConvEncoder(c.network, c.image_size, self.channels, scales=1, model_settings=own, sparse=False)
+            self.encoder = convnet  # type: ignore[assignment]
         if c.decoder_depth:
             numbers = c.patch**2 * self.channels
-            self.decoder = MaskedDecoder(c.dim, c.decoder_dim, c.decoder_depth, c.decoder_heads, numbers, self.encoder.grid)
+            self.decoder = MaskedDecoder(
+                c.dim, c.decoder_dim, c.decoder_depth, c.decoder_heads, numbers, self.encoder.grid, mlp_ratio=c.mlp_ratio
+            )
             self.decoder.mask_token.requires_grad_(False)  # nothing is hidden from it
         else:
-            self.head = PixelShuffleHead(self.encoder.dim, self.stride, self.channels)
+            self.head = PixelShuffleHead(self.encoder.dim, self.encoder.patch, self.channels)
 
     # ---- the corruption
 
@@ -128,6 +128,14 @@ class MFM(MaskedImageModel):
         share = c.low_pass_share if c.low_pass_share is not None else 0.5 if self.vit else 0.3
         size = (x.shape[-2], x.shape[-1])
         return random_frequency_mask(len(x), size, self.radius, share, outer=c.outer_radius, device=x.device, generator=generator)
+
+    def patch_errors(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Of no use here.
+
+        Raises:
+            BadSetting: always.
+        """
+        raise BadSetting("MFM hides frequencies, not patches: it has no errors of patches")
 
     def corrupt(self, x: Tensor, generator: torch.Generator, progress: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """What the network gets to see of pictures.
@@ -156,12 +164,13 @@ class MFM(MaskedImageModel):
         """What the network makes of corrupted pictures `[B, C, H, W]` in [0, 1]: normalised ones."""
         x = self.normalised(seen)
         if not self.vit:
-            return self.head(self.encoder(x))  # type: ignore[no-any-return]
-        tokens, grid = self.encoder(x), (x.shape[-2] // self.stride, x.shape[-1] // self.stride)
+            return self.head(self.encoder(x)[-1])  # type: ignore[no-any-return]
+        patch = self.encoder.patch
+        tokens, grid = self.encoder(x), (x.shape[-2] // patch, x.shape[-1] // patch)
         if self.decoder is None:
             return self.head(tokens[:, self.encoder.prefix :], grid=grid)  # type: ignore[no-any-return]
         nothing = torch.zeros(len(x), grid[0] * grid[1], dtype=torch.bool, device=x.device)
-        return unpatchify(self.decoder(tokens, nothing), self.stride, grid, self.channels, order="chw")
+        return unpatchify(self.decoder(tokens, nothing), patch, grid, self.channels, order="chw")
 
     def predict_image(self, x: Tensor, hidden: Tensor) -> Tensor:
         """What the network makes of normalised pictures without the hidden frequencies `[B, H, W]`."""
@@ -214,17 +223,6 @@ class MFM(MaskedImageModel):
             kept = apply_frequency_mask(picture, hidden, clamp=None)
             made = kept + apply_frequency_mask(made, ~hidden, clamp=None)
         return {"picture": picture, "corrupted": seen, "reconstruction": made.clamp(0, 1)}
-
-    def timm_weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The vision transformer for timm, see `MaskedViTEncoder.timm_weights`.
-
-        Raises:
-            BadSetting: a convolutional network, which is no transformer of timm's.
-        """
-        if not self.vit:
-            how = "" if self.config.network == "small" else f", whose encoder.trunk.* load into timm's {self.config.network}"
-            raise BadSetting(f"network={self.config.network} is no vision transformer: --weights writes its state{how}")
-        return super().timm_weights()
 
 
 def _smaller_and_back(x: Tensor, scale: int) -> Tensor:

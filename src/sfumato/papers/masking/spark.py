@@ -37,7 +37,7 @@ from typing_extensions import Self
 
 from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.errors import BadSetting
-from sfumato.losses import masked_patch_mse, patch_statistics
+from sfumato.losses import denormalize_patches, masked_patch_mse
 from sfumato.masks import count_hidden, random_mask
 from sfumato.method import Batch, Context, MethodConfig, Step
 from sfumato.nn import Holes, MaskedConvEncoder, patchify, set_hidden, sparsify, unpatchify, visible_forward
@@ -233,8 +233,7 @@ class SparK(MaskedImageModel):
         """The prediction as an image; normalised pixels get their patch's own mean and deviation back."""
         predicted = self.predict_patches(x, hidden)
         if self.config.norm_pix:
-            mean, var = patch_statistics(patchify(x, self.encoder.patch))
-            predicted = predicted * var.sqrt() + mean
+            predicted = denormalize_patches(predicted, patchify(x, self.encoder.patch))
         return unpatchify(predicted, self.encoder.patch, self.encoder.grid, self.channels)
 
     def lr_factor(self, progress: float) -> float:

@@ -40,7 +40,6 @@ from sfumato.losses.comp_sum_family import comp_sum
 from sfumato.losses.stable_softmax import symlog, widened
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.nn.at_rest import eval_mode
-from sfumato.nn.conv_encoder import ConvEncoder
 from sfumato.nn.conv_stem_vit import ConvStemViT
 from sfumato.nn.masked_convnet import MaskedConvEncoder
 from sfumato.nn.masked_vit import MaskedViTEncoder
@@ -49,7 +48,7 @@ from sfumato.optim.mfac import MFAC
 from sfumato.optim.perp_grad import PerpGrad
 from sfumato.optim.schedules import cosine_warmup, linear_ramp
 
-ENCODERS: dict[str, Any] = {"vit": MaskedViTEncoder, "cnn": ConvEncoder, "convnet": MaskedConvEncoder, "convit": ConvStemViT}
+ENCODERS: dict[str, Any] = {"vit": MaskedViTEncoder, "convnet": MaskedConvEncoder, "convit": ConvStemViT}
 """Networks that other methods pre-train; `encoder_settings` make them again."""
 OWN_MODELS = ("conv", "mlp", *ENCODERS)
 CUSTOMARY = {  # (learning rate, weight decay)
@@ -71,7 +70,7 @@ OptimizerName = Literal["sgd", "adam", "adamw", "adahessian", "lbfgs", "mfac", "
 class SupervisedConfig(MethodConfig):
     """What a network, its optimizer and its pictures need; shared by classifier and regressor."""
 
-    model: str = Field("resnet18", description="conv, mlp, vit, cnn, convnet, convit, or a timm model (without its weights)")
+    model: str = Field("resnet18", description="conv, mlp, vit, convnet, convit, or a timm model (without its weights)")
     channels: int | None = Field(None, gt=0, description="image channels; None: those of the data")
     image_size: int | None = Field(None, gt=0, description="pixels a side; None: as the data, at most 224 (own models: 32)")
     crop: bool | None = Field(None, description="cut pictures to image_size while loading; None: when their sizes differ")
@@ -87,7 +86,7 @@ class SupervisedConfig(MethodConfig):
     schedule: Literal["cosine", "step", "constant"] = Field("cosine", description="of the rate; step: times 0.1 at 1/2 and 3/4")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which the learning rate rises from 0")
     encoder_settings: dict[str, Any] | None = Field(
-        None, description="of a vit, cnn, convnet or convit, as its encoder records them; None: a small one"
+        None, description="of a vit, convnet or convit, as its encoder records them; None: a small one"
     )
 
     def largest_size(self) -> int:
@@ -166,8 +165,6 @@ def _conv_trunk(channels: int) -> nn.Sequential:
 
 def _small_encoder(kind: str, size: int, channels: int) -> dict[str, Any]:
     """Settings of an encoder of a few layers."""
-    if kind == "cnn":
-        return {"channels": channels}
     if kind == "convnet":
         return {"model": "convnet", "size": size, "channels": channels}
     patch = next(p for p in (16, 8, 4, 2, 1) if size % p == 0 and size // p >= min(6, size))
