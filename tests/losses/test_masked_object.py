@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sfumato.errors import BadData
-from sfumato.losses import masked_object_mse, object_cells, object_pixels, object_weights
+from sfumato.losses import masked_object_focal, masked_object_mse, object_cells, object_pixels, object_weights
 from sfumato.masks import mask_from_scores
 
 V = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parents[1] / "vectors" / "masked-object-modeling.npz").items()}
@@ -33,6 +33,21 @@ def test_official_loss_and_mask():
     assert visible == pytest.approx(V["mom_loss_visible"].item(), rel=1e-5)
     normed = masked_object_mse(pred, V["crops"], hidden, 4, norm_pix=True, **settings).item()
     assert normed == pytest.approx(V["mom_loss_normpix"].item(), rel=1e-5)
+
+
+def test_official_focal_loss():
+    order = torch.cat((V["masked_idx"], V["visible_idx"]), 1)[..., None].expand(-1, -1, 75)  # hidden cells came as drawn
+    crops = object_pixels(object_cells(V["crops"], 4).gather(1, order), 4, (20, 20))
+    pred, hidden = torch.cat((V["pred"], V["pred_visible"]), 1), torch.zeros(4, 16, dtype=torch.bool)
+    hidden[:, :8] = True
+    assert masked_object_focal(pred, crops, hidden, 4).item() == pytest.approx(V["focal_freq"].item(), rel=1e-5)
+    only = masked_object_focal(pred, crops, hidden, 4, weights=torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    assert 0 < only < 1
+    assert masked_object_focal(object_cells(crops, 4), crops, hidden, 4) == 0
+    assert masked_object_focal(pred, crops, torch.zeros_like(hidden), 4) == 0
+    hidden[0, 0] = False
+    with pytest.raises(BadData, match="unlike numbers"):
+        masked_object_focal(pred, crops, hidden, 4)
 
 
 def test_official_weights():

@@ -25,6 +25,7 @@ from .masked import masked_mean as masked_mean
 from .masked import masked_patch_mse as masked_patch_mse
 from .masked import normalize_patches as normalize_patches
 from .masked import weighted_l1 as weighted_l1
+from .masked_object import masked_object_focal as masked_object_focal
 from .masked_object import masked_object_mse as masked_object_mse
 from .masked_object import object_cells as object_cells
 from .masked_object import object_pixels as object_pixels

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import BadData
+from sfumato.losses.frequency import focal_frequency_loss
 from sfumato.losses.masked import masked_mean, normalize_patches
 from sfumato.masks.random_masks import Grid, grid_shape
+from sfumato.masks.token_index import take_tokens, to_ids
 
 
 def object_cells(crops: Tensor, grid: Grid) -> Tensor:
@@ -62,6 +64,38 @@ def masked_object_mse(
     if norm_pix:
         target = normalize_patches(target)
     return masked_mean((pred - target).square().mean(-1), hidden, weight=None if weights is None else weights[:, None])
+
+
+def masked_object_focal(
+    pred: Tensor, crops: Tensor, hidden: Tensor, grid: Grid, *, weights: Tensor | None = None, norm_pix: bool = False
+) -> Tensor:
+    """Focal frequency loss of the hidden cells, objects weighted: an object's cells are the rows of one plane, as officially.
+
+    The focal weight is divided by the batch's maximum, so that micro-batches do not add up exactly.
+
+    Args:
+        pred: as for `masked_object_mse`.
+        crops: likewise.
+        hidden: `[N, L]` bool, equally many in each row.
+        grid: cells along each side.
+        weights: `[N]`, not negative; None: equal.
+        norm_pix: as for `masked_object_mse`.
+
+    Returns:
+        A scalar; 0 where nothing counts.
+
+    Raises:
+        BadData: rows hide unlike numbers of cells.
+    """
+    target = object_cells(crops, grid)
+    if norm_pix:
+        target = normalize_patches(target)
+    ids, _ = to_ids(~hidden)
+    if not ids.numel():
+        return 0 * pred.sum()
+    planes = (take_tokens(cells, ids)[:, None] for cells in (pred, target))
+    error = focal_frequency_loss(*planes, batch_max=True, reduction="none").flatten(1).mean(1)
+    return masked_mean(error, torch.ones_like(error, dtype=torch.bool), weight=weights)
 
 
 def object_weights(

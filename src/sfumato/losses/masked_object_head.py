@@ -24,12 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import BadData, BadSetting
-from sfumato.losses.masked_object import masked_object_mse, object_weights
+from sfumato.losses.masked_object import masked_object_focal, masked_object_mse, object_weights
 from sfumato.masks.guided import mask_from_scores
 from sfumato.masks.random_masks import Grid, grid_shape
 from sfumato.nn.boxes import Boxes, box_rows, resized_crops
 from sfumato.nn.object_autoencoder import MaskedObjectAutoencoder
 from sfumato.nn.object_tokens import RoITokens
+
+
+ERRORS = {"mse": masked_object_mse, "focal": masked_object_focal}
+"""Of hidden cells."""
 
 
 class Objects(NamedTuple):
@@ -65,6 +69,7 @@ class MaskedObjectHead(nn.Module):
         channels: of the images.
         mask_ratio: share of each object's tokens that is hidden while training.
         norm_pix: predict pixels normalised within each cell.
+        error: "mse" (`masked_object_mse`) or "focal" (`masked_object_focal`).
         visible_weight: of the same loss on visible cells (the paper's 0.001 on MOTSynth).
         hidden_dim: channels inside the projection of the features.
         aligned: see `sfumato.nn.RoITokens`.
@@ -84,6 +89,7 @@ class MaskedObjectHead(nn.Module):
         channels: int = 3,
         mask_ratio: float = 0.5,
         norm_pix: bool = False,
+        error: str = "mse",
         visible_weight: float = 0.0,
         hidden_dim: int = 256,
         aligned: bool = True,
@@ -96,7 +102,9 @@ class MaskedObjectHead(nn.Module):
             raise BadSetting(f"crop={crop} is no multiple of the grid {rows} x {columns}: every token stands for whole pixels")
         self.backbone, self.stride, self.grid, self.crop = backbone, stride, (rows, columns), crop
         self.mask_ratio, self.norm_pix, self.visible_weight = mask_ratio, norm_pix, visible_weight
-        self.weighing = dict(weighing or {})
+        if error not in ERRORS:
+            raise BadSetting(f"error {error!r} is not known: {' or '.join(ERRORS)}")
+        self.error, self.weighing = error, dict(weighing or {})
         self.tokens = RoITokens(feature_dim, dim, self.grid, hidden=hidden_dim, aligned=aligned)
         cell = (crop[0] // rows, crop[1] // columns)
         self.autoencoder = MaskedObjectAutoencoder(dim, self.grid, cell=cell, channels=channels, **(autoencoder or {}))
@@ -151,7 +159,8 @@ class MaskedObjectHead(nn.Module):
             predicted = self.autoencoder.decode(encoded, hidden)
             weights = object_weights(crops, rows, **self.weighing)
             settings: dict[str, Any] = {"weights": weights, "norm_pix": self.norm_pix}
-            loss = masked_object_mse(predicted, crops, hidden, self.grid, **settings)
+            error = ERRORS[self.error]
+            loss = error(predicted, crops, hidden, self.grid, **settings)
             if self.visible_weight:
-                loss = loss + self.visible_weight * masked_object_mse(predicted, crops, ~hidden, self.grid, **settings)
+                loss = loss + self.visible_weight * error(predicted, crops, ~hidden, self.grid, **settings)
         return Objects(encoded.mean(1), loss, rows, crops, hidden, predicted)

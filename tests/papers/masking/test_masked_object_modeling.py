@@ -64,6 +64,7 @@ def test_schedules():
         {"distance_loss": "gaussian", "output": "linear"},
         {"distance_loss": "laplace", "alpha": 0.0},
         {"use_centers": True, "flip": True, "jitter": "iou", "norm_pix": True, "visible_weight": 0.1},
+        {"error": "focal", "visible_weight": 0.1},
         {"mask_ratio": 0.0, "attention_heads": 0, "box_geometry": False, "jitter": "scale"},
     ],
 )

@@ -98,6 +98,7 @@ class MoM(Method):
         )
         mom_warmup: float = Field(0.0, ge=0, le=1, description="share of the steps over which that of the reconstruction rises")
         norm_pix: bool = Field(False, description="predict pixels normalised within each cell")
+        error: Literal["mse", "focal"] = Field("mse", description="of hidden cells: squared, or the focal frequency loss")
         visible_weight: float = Field(0.0, ge=0, description="weight of the loss on visible cells over that on hidden ones")
         min_brightness: float = Field(1e-2, ge=0, description="brightness below which an object is dark, 0 to 1")
         min_box: float = Field(25.0, ge=0, description="height or width below which an object is small, pixels")
@@ -151,8 +152,8 @@ class MoM(Method):
         backbone = PyramidBackbone(c.backbone, channels + c.use_centers, pretrained=c.pretrained)
         self.head = MaskedObjectHead(
             backbone, backbone.out_channels, backbone.stride, dim=c.dim, grid=c.grid, crop=c.crop, channels=channels,
-            mask_ratio=c.mask_ratio, norm_pix=c.norm_pix, visible_weight=c.visible_weight, hidden_dim=c.roi_dim,
-            aligned=c.aligned,
+            mask_ratio=c.mask_ratio, norm_pix=c.norm_pix, error=c.error, visible_weight=c.visible_weight,
+            hidden_dim=c.roi_dim, aligned=c.aligned,
             weighing={name: getattr(c, name) for name in ("min_brightness", "min_box", "weight_dark", "weight_small")},
             autoencoder={
                 name: getattr(c, name)
