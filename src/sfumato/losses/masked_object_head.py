@@ -31,7 +31,6 @@ from sfumato.nn.boxes import Boxes, box_rows, resized_crops
 from sfumato.nn.object_autoencoder import MaskedObjectAutoencoder
 from sfumato.nn.object_tokens import RoITokens
 
-
 ERRORS = {"mse": masked_object_mse, "focal": masked_object_focal}
 """Of hidden cells."""
 
