@@ -44,7 +44,8 @@ from sfumato.errors import BadCheckpoint
 
 __all__ = [
     "Batch", "Context", "Encoder", "Facts", "Loss", "LossFunction", "Method", "MethodConfig",
-    "ObjectPredictor", "Predictor", "Restorer", "Result", "Sampler", "Searcher", "Step", "TimmExportable", "capabilities",
+    "ObjectPredictor", "Predictor", "Restorer", "Result", "Sampler", "Searcher", "Step", "TimmExportable", "TrajectorySampler",
+    "capabilities",
 ]  # fmt: skip
 
 
@@ -234,6 +235,20 @@ class Sampler(Protocol):
     """Draws `n` new images `[n, C, H, W]` in [0, 1]."""
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor: ...
+
+
+@runtime_checkable
+class TrajectorySampler(Protocol):
+    """Draws samples in steps that can be watched: `callback` is told of each (a `diffusion.SamplerStep`) before its update."""
+
+    @property
+    def trajectory_steps(self) -> int:
+        """Steps of a sample."""
+        ...
+
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, *, callback: Callable[[Any], None] | None = None
+    ) -> Tensor: ...
 
 
 @runtime_checkable

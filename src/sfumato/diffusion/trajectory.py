@@ -20,11 +20,12 @@ torch.Size([4, 2])
 from __future__ import annotations
 
 import math
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from sfumato.diffusion.samplers import SamplerStep
+from sfumato.diffusion.samplers import Callback, SamplerStep
 from sfumato.errors import BadData, BadSetting
 
 
@@ -94,3 +95,64 @@ def filter_by_variance(samples: Tensor, var: Tensor, *, keep: float = 0.96) -> T
         raise BadData(f"{len(samples)} samples need a variance each, not {list(var.shape)}")
     count = math.ceil(round(keep * len(samples), 6))  # 0.07 * 100 is 7, not 7.000000000000001
     return samples[var.argsort(stable=True)[:count].sort().values]
+
+
+class DrawWithCallback(Protocol):
+    """Draws `[n, ...]` samples; `callback` sees every step."""
+
+    def __call__(self, n: int, generator: torch.Generator | None = None, *, callback: Callback | None = None) -> Tensor: ...
+
+
+class Filtered(NamedTuple):
+    """Samples that were kept, `[n, ...]`, their variances `[n]`, and how the ones that were dropped looked: `[m, ...]`, `[m]`."""
+
+    samples: Tensor
+    variance: Tensor
+    dropped: Tensor
+    dropped_variance: Tensor
+
+
+def sample_filtered(
+    draw: DrawWithCallback,
+    n: int,
+    *,
+    window: tuple[int, int],
+    keep: float = 0.96,
+    batch: int = 256,
+    generator: torch.Generator | None = None,
+) -> Filtered:
+    """Draw more samples than are wanted, and keep the steadiest.
+
+    Args:
+        draw: the sampler, such as a method's `sample`.
+        n: samples to keep, 1 or more.
+        window: steps over which the variance is taken, as in `X0Variance`.
+        keep: share of the drawn samples that is kept, above 0 to 1: `ceil(n / keep)` are drawn.
+        batch: samples that are drawn at once.
+        generator: source of the draws.
+
+    Raises:
+        BadSetting: no samples, or a share outside (0, 1].
+        BadData: the sampler takes no step in the window.
+    """
+    if n < 1 or not 0 < keep <= 1:
+        raise BadSetting(f"n={n}, keep={keep}: keep one sample or more, and a share above 0 up to 1")
+    total, steady = math.ceil(round(n / keep, 6)), X0Variance(window)
+    samples, variances = [], []
+    for first in range(0, total, batch):
+        samples.append(draw(min(batch, total - first), generator, callback=steady))
+        variances.append(steady.variance)
+    x, var = torch.cat(samples), torch.cat(variances)
+    kept = filter_by_variance(torch.arange(total, device=x.device), var, keep=n / total)
+    rest = torch.ones(total, dtype=torch.bool, device=x.device)
+    rest[kept] = False
+    return Filtered(x[kept], var[kept], x[rest], var[rest])
+
+
+def last_steps(steps: int, share: float = 0.02, *, least: int = 2) -> tuple[int, int]:
+    """The window of the last steps of a sampler: a share of all, but at least two, of which there is a variance.
+
+    >>> last_steps(1000, 0.01), last_steps(250), last_steps(50)
+    ((990, 1000), (245, 250), (48, 50))
+    """
+    return max(0, steps - max(least, round(share * steps))), steps
