@@ -27,4 +27,5 @@ from .trajectory import Filtered as Filtered
 from .trajectory import X0Variance as X0Variance
 from .trajectory import filter_by_variance as filter_by_variance
 from .trajectory import last_steps as last_steps
+from .trajectory import parse_window as parse_window
 from .trajectory import sample_filtered as sample_filtered

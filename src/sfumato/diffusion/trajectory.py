@@ -154,5 +154,29 @@ def last_steps(steps: int, share: float = 0.02, *, least: int = 2) -> tuple[int,
 
     >>> last_steps(1000, 0.01), last_steps(250), last_steps(50)
     ((990, 1000), (245, 250), (48, 50))
+
+    Raises:
+        BadSetting: a sampler of one step.
     """
+    if steps < 2:
+        raise BadSetting("a trajectory of one step has no variance: sample in more steps")
     return max(0, steps - max(least, round(share * steps))), steps
+
+
+def parse_window(text: str, steps: int) -> tuple[int, int]:
+    """`FIRST:END` in steps counted from 0, within those of a sampler; either may be left out.
+
+    >>> parse_window("15:30", 50), parse_window("40:", 50)
+    ((15, 30), (40, 50))
+
+    Raises:
+        BadSetting: no such window, or one of fewer than two steps.
+    """
+    first, colon, end = text.partition(":")
+    try:
+        low, high = int(first or 0), int(end or steps)
+    except ValueError:
+        low = high = -1
+    if not colon or not 0 <= low < high - 1 or high > steps:
+        raise BadSetting(f"window {text!r} is not FIRST:END with two or more of the {steps} steps, such as {steps // 2}:{steps}")
+    return low, high

@@ -80,6 +80,7 @@ class PointDiffusion(Method):
         super().__init__(config)
         c = self.config
         self.schedule = Schedule(beta_schedule("linear", c.times, c.beta_start, c.beta_end))
+        self.shape = (c.dim or 1,)
         self.net = ToyDenoiser(c.dim or 1, width=c.width, layers=c.layers)
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
@@ -89,8 +90,8 @@ class PointDiffusion(Method):
             BadData: no points, or of another space.
         """
         x0 = batch.x
-        if x0.shape[1:] != (self.config.dim or 1,):
-            raise BadData(f"points must be vectors of {self.config.dim or 1} coordinates (set dim), not {list(x0.shape[1:])}")
+        if x0.shape[1:] != self.shape:
+            raise BadData(f"points must be vectors of {self.shape[0]} coordinates (set dim), not {list(x0.shape[1:])}")
         t = uniform_t(len(x0), len(self.schedule), generator=ctx.generator).to(x0.device)
         noise = torch.randn(x0.shape, generator=ctx.generator, device=x0.device, dtype=x0.dtype)
         return Loss(denoising_loss(self.net, x0, t, noise, self.schedule), len(batch))
@@ -107,7 +108,7 @@ class PointDiffusion(Method):
     def sample(self, n: int, generator: torch.Generator | None = None, *, callback: Callback | None = None) -> Tensor:
         """Draw `n` new points, `[n, D]`, over all times."""
         device = generator.device if generator is not None else self.device
-        start = torch.randn(n, self.config.dim or 1, generator=generator, device=device).to(self.device)
+        start = torch.randn(n, *self.shape, generator=generator, device=device).to(self.device)
         return draw_points(self.net, start, self.schedule, callback=callback, generator=generator)
 
 
