@@ -107,7 +107,8 @@ def diffusers_sigmas(kind: str, model: Model, x: Tensor, steps: int) -> Run:
     """The loop of its documentation over noise levels: `kind` is Euler or Heun."""
     import diffusers
 
-    scheduler = getattr(diffusers, f"{kind}DiscreteScheduler")(1000, timestep_spacing="trailing")
+    kind = f"{kind}DiscreteScheduler"
+    scheduler = getattr(diffusers, kind)(1000, beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing")
 
     @torch.no_grad()
     def run() -> Tensor:

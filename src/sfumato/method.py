@@ -45,7 +45,7 @@ from sfumato.errors import BadCheckpoint
 __all__ = [
     "Batch", "Context", "Encoder", "Facts", "Loss", "LossFunction", "Method", "MethodConfig",
     "ObjectPredictor", "Predictor", "Restorer", "Result", "Sampler", "Searcher", "Step", "TimmExportable", "TrajectorySampler",
-    "capabilities",
+    "capabilities", "draws_points",
 ]  # fmt: skip
 
 
@@ -266,6 +266,11 @@ class TimmExportable(Protocol):
     """
 
     def timm_weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]: ...
+
+
+def draws_points(method: Any) -> bool:
+    """Whether a sampler's samples are vectors `[n, D]`: its attribute `shape`, of one sample, says so; else they are pictures."""
+    return len(getattr(method, "shape", ())) == 1
 
 
 def capabilities(method: Method) -> dict[str, type]:

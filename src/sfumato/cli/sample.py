@@ -16,11 +16,9 @@ from torch import Tensor
 from sfumato.cli.console import hint, say
 from sfumato.engine import load
 from sfumato.errors import BadSetting
-from sfumato.method import Sampler, TrajectorySampler, capabilities
+from sfumato.method import Sampler, TrajectorySampler, capabilities, draws_points
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-PICTURE = (3, 32, 32)
-"""The shape of a sample where a method does not say."""
 BATCH = {True: 20_000, False: 256}
 """What is drawn at once, points or pictures: so the memory is bounded."""
 
@@ -37,10 +35,10 @@ def sample(
         raise BadSetting("--window says over which steps a filter looks: give --keep too, such as --keep 0.96")
     if out.suffix and out.suffix.lower() not in (*PICTURES, ".npz"):
         raise BadSetting(f"{out} is no picture: end it in .png, .jpg or .webp, in .npz for arrays, or name a folder")
-    method: Any = load(run, device=device)
+    method = load(run, device=device)
     if not isinstance(method, Sampler):
         raise BadSetting(f"{run} cannot sample; it can: {', '.join(capabilities(method)) or 'nothing that commands do'}")
-    points = len(getattr(method, "shape", PICTURE)) == 1
+    points = draws_points(method)
     if points and out.suffix.lower() != ".npz":
         raise BadSetting(f"{run} draws points, and {out} is no place for them: end it in .npz")
     generator = torch.Generator(method.device).manual_seed(seed)

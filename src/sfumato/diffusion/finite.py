@@ -1,7 +1,7 @@
 """A sampler that ends in NaN says so: at which step the model's answer stopped being a number, and in which samples.
 
-Every sampler of this room shows its answers to a `FiniteTrajectory`, which keeps one number a sample and waits for no device until
-the end. A NaN once made stays, and a clipped infinity looks like a black or white picture: neither leaves without a word.
+Every sampler of this room shows its answers to a `FiniteTrajectory`, which keeps one number a sample and waits for no device
+until the end. A NaN is saved as a black picture, and a clipped infinity as a black or white one: neither leaves without a word.
 
 >>> import torch
 >>> from sfumato.diffusion import FiniteTrajectory
@@ -11,7 +11,7 @@ the end. A NaN once made stays, and a clipped infinity looks like a black or whi
 >>> _ = watch(1, x)
 >>> watch.end(x.clamp(-1, 1))
 Traceback (most recent call last):
-sfumato.errors.Diverged: 1 of 3 samples broke off: from step 2 of 10 on the model's answer is NaN or infinite (sample 1); check ...
+sfumato.errors.Diverged: 1 of 3 samples broke off: from step 2 of 10 on the model's answer is NaN or infinite (sample 1); ...
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class FiniteTrajectory:
         step = int(first.min())
         what = "the model's answer is" if step < self.steps else "the samples themselves are"
         named = ", ".join(map(str, which[:NAMED])) + (", ..." if len(which) > NAMED else "")
+        at = f"step {min(step + 1, self.steps)} of {self.steps}"
         raise Diverged(
-            f"{len(which)} of {len(first)} samples broke off: from step {min(step + 1, self.steps)} of {self.steps} on {what} NaN or "
-            f"infinite (sample{'s' * (len(which) > 1)} {named}); check the weights and the input, or use fp32"
+            f"{len(which)} of {len(first)} samples broke off: from {at} on {what} NaN or infinite "
+            f"(sample{'s' * (len(which) > 1)} {named}); check the weights and the input, or use fp32"
         )

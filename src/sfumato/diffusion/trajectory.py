@@ -100,7 +100,9 @@ def filter_by_variance(samples: Tensor, var: Tensor, *, keep: float = 0.96) -> T
 class DrawWithCallback(Protocol):
     """Draws `[n, ...]` samples; `callback` sees every step."""
 
-    def __call__(self, n: int, generator: torch.Generator | None = None, *, callback: Callback | None = None) -> Tensor: ...
+    def __call__(self, n: int, generator: torch.Generator | None = None, *, callback: Callback | None = None) -> Tensor:
+        """Draw them."""
+        ...
 
 
 class Filtered(NamedTuple):

@@ -1,7 +1,7 @@
 """Which of its own samples a diffusion run was undecided about: the variance of its expected end over a window of steps.
 
-Hal(x) = mean over coordinates of Var_{i in W} [x̂_0^(i)] (Aithal et al. 2024, section 5). Large for samples that belong to no mode of
-the data; measured over the window and over every tenth of the chain, for a sample of the run's samples. No data is looked at.
+Hal(x) = mean over coordinates of Var_{i in W} [x̂_0^(i)] (Aithal et al. 2024, section 5). Large for samples that belong to no mode
+of the data; measured over the window and over every part of the chain, on samples that the run draws. No data is looked at.
 
 >>> import sfumato
 >>> from sfumato.papers.diffusion.ddpm import DDPM
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from sfumato.instruments.kinds import BareSetup, Kind
 from sfumato.instruments.progress import Progress
 from sfumato.instruments.subject import Subject
 from sfumato.instruments.timing import samples_that_fit, seconds_a_sample
-from sfumato.method import TrajectorySampler
+from sfumato.method import TrajectorySampler, draws_points
 from sfumato.nn.at_rest import eval_mode
 
 MOST, FEWEST, AT_ONCE = 256, 16, 64
@@ -41,7 +43,9 @@ TIMED = 3
 class Settings(BareSetup):
     """What the hallucination probe can be told."""
 
-    samples: int | None = Field(None, gt=1, description="samples to draw; None: what the time allows, at most 256 (points: 10,000)")
+    samples: int | None = Field(
+        None, gt=1, description="samples to draw; None: what the time allows, at most 256 (points: 10,000)"
+    )
     batch_size: int | None = Field(None, gt=0, description="samples drawn at once; None: 64 (points: 10,000)")
     window: str | None = Field(None, description="FIRST:END, steps of the variance, counted from 0; None: the last ones")
     slices: int | None = Field(
@@ -67,7 +71,7 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
     slices = settings.slices or min(10, steps // 2)
     if steps < 2 * slices:
         raise BadSetting(f"a chain of {steps} steps has no {slices} slices of two or more: say slices={steps // 2}")
-    points = _points(owner)
+    points = draws_points(owner)
     most = settings.samples or (POINTS if points else MOST)
     size = min(settings.batch_size or (POINTS if points else AT_ONCE), most)
     taken = min(TIMED, steps)
@@ -77,10 +81,8 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
             raise _Enough
 
     def work(pairs: list[tuple[Tensor, Tensor]]) -> None:
-        try:
+        with suppress(_Enough):
             owner.sample(len(pairs[0][0]), torch.Generator(subject.device).manual_seed(0), callback=stop)
-        except _Enough:
-            pass
 
     with eval_mode(subject.module):
         blank = torch.zeros(size)
@@ -97,7 +99,7 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
     count, size, steps, slices = (plan.chosen[name] for name in ("samples", "at once", "steps", "slices"))
     window = (plan.chosen["first step"], plan.chosen["end"])
     edges = [round(i * steps / slices) for i in range(slices + 1)]
-    windows = [window, *zip(edges, edges[1:])]
+    windows = [window, *pairwise(edges)]
     watches = [X0Variance(w) for w in windows]
     seen: list[Tensor] = []  # [windows, B] each
     extremes = _Extremes(settings.shown)
@@ -126,11 +128,6 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
         "least suspicious": extremes.least.numbers,
     }
     return _findings(subject, settings, numbers, extremes)
-
-
-def _points(owner: Any) -> bool:
-    """Whether it draws vectors and not pictures."""
-    return len(getattr(owner, "shape", (3, 1, 1))) == 1
 
 
 def _slice(part: Tensor, own: Tensor, steps: list[int]) -> dict[str, Any]:
@@ -203,8 +200,8 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], ext
         "95th percentile over the median": spread, "stand out": f"{count} of {len(own)}",
     }  # fmt: skip
     text = (
-        f"Mean over the coordinates of the variance of the expected end over steps {low} to {high} of {steps}. From {edge:.3g} on a "
-        f"sample stands out: its logarithm is {settings.deviations:g} robust deviations above the median."
+        f"Mean over the coordinates of the variance of the expected end over steps {low} to {high} of {steps}. From {edge:.3g} on "
+        f"a sample stands out: its logarithm is {settings.deviations:g} robust deviations above the median."
     )
     histogram = Plot("spectrum", own, {"xlabel": "variance", "logx": bool((own > 0).all()), "logy": False})
     middle = [sum(one["steps"]) / 2 for one in numbers["slices"]]
@@ -222,7 +219,7 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], ext
     ]
     notes = [
         "a large variance tells that the run was undecided about a sample, not that the sample is wrong: look at the pictures",
-        "which window tells most depends on the data: the last steps do for points, an earlier part may for pictures; say window=",
+        "which window tells most depends on the data: the last steps for points, perhaps an earlier part for pictures; say window=",
     ]
     return Findings(numbers, headline, _words(numbers, count, spread), sections, notes)
 
@@ -232,7 +229,7 @@ def _shown(subject: Subject, extremes: _Extremes) -> Section:
     blocks: list[Any] = []
     for name, ends in (("most suspicious first", extremes.most), ("steadiest first", extremes.least)):
         assert ends.samples is not None
-        if _points(subject.owner):
+        if draws_points(subject.owner):
             blocks.append(Table(_rows(ends), name))
         else:
             images = {f"{row}: {v:.3g}": x for row, v, x in zip(ends.rows.tolist(), ends.variance.tolist(), ends.samples)}

@@ -202,7 +202,11 @@ def prepare_run(model: nn.Module | str | os.PathLike[str], *, device: str | None
     if found.device != place:
         found = (copy.deepcopy(found) if isinstance(model, nn.Module) else found).to(place)
     title = type(found).__name__
-    facts = {"model": f"{title} run", "run": title if isinstance(model, nn.Module) else str(model), "data": "its own samples"}
+    facts: dict[str, Any] = {
+        "model": f"{title} run",
+        "run": title if isinstance(model, nn.Module) else str(model),
+        "data": "its own samples",
+    }
     facts |= {"parameters": sum(p.numel() for p in found.parameters()), "device": str(place)}
     return Subject(
         name=str(facts["run"]), module=found, loss=_mean, loss_name="none", batches=[], device=place, memory=0, owner=found,
