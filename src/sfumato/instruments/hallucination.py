@@ -200,8 +200,8 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], ext
         "95th percentile over the median": spread, "stand out": f"{count} of {len(own)}",
     }  # fmt: skip
     text = (
-        f"Mean over the coordinates of the variance of the expected end over steps {low} to {high} of {steps}. From {edge:.3g} on "
-        f"a sample stands out: its logarithm is {settings.deviations:g} robust deviations above the median."
+        f"Mean over the coordinates of the variance of the expected end over steps {low} to {high} of {steps}. From {edge:.3g} "
+        f"on a sample stands out: its logarithm is {settings.deviations:g} robust deviations above the median."
     )
     histogram = Plot("spectrum", own, {"xlabel": "variance", "logx": bool((own > 0).all()), "logy": False})
     middle = [sum(one["steps"]) / 2 for one in numbers["slices"]]
@@ -219,7 +219,7 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], ext
     ]
     notes = [
         "a large variance tells that the run was undecided about a sample, not that the sample is wrong: look at the pictures",
-        "which window tells most depends on the data: the last steps for points, perhaps an earlier part for pictures; say window=",
+        "which window tells most depends on the data: for points the last steps, for pictures perhaps an earlier part",
     ]
     return Findings(numbers, headline, _words(numbers, count, spread), sections, notes)
 
