@@ -360,7 +360,7 @@ class NoiseSize:
     Holds("AUC of the variance over the last 5 steps at least 0.9", lambda f: f["variance, last 5 steps"]["AUC"] >= 0.9),
     Better("removed", "variance, last 5 steps", over="random filter", by=0.5),
     seeds=range(100, 105),
-    note="As the other claim; some 30 to 80 of 10,000 points are off support. The paper's figure, over 95 % "
+    note="As the other claim; some 20 to 80 of 10,000 points are off support. The paper's figure, over 95 % "
     "removed with 96 % kept, is of a far longer training. Longer windows are worse: beyond a tenth of the chain every sample "
     "still moves. Logged beside at equal retention: the change of the last step, the size of the predicted noise, and the "
     "density of the training data, which is told where the data lies.",
