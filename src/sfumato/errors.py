@@ -43,7 +43,7 @@ class Busy(SfumatoError):
 
 
 class Diverged(SfumatoError):
-    """A loss or weight that is no longer finite; the last good checkpoint is kept."""
+    """A loss, weight or sample that is no longer finite; of a training the last good checkpoint is kept."""
 
 
 class Interrupted(SfumatoError):

@@ -44,7 +44,8 @@ from sfumato.errors import BadCheckpoint
 
 __all__ = [
     "Batch", "Context", "Encoder", "Facts", "Loss", "LossFunction", "Method", "MethodConfig",
-    "ObjectPredictor", "Predictor", "Restorer", "Result", "Sampler", "Searcher", "Step", "TimmExportable", "capabilities",
+    "ObjectPredictor", "Predictor", "Restorer", "Result", "Sampler", "Searcher", "Step", "TimmExportable", "TrajectorySampler",
+    "capabilities", "draws_points",
 ]  # fmt: skip
 
 
@@ -238,6 +239,20 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
+class TrajectorySampler(Protocol):
+    """Draws samples in steps that can be watched: `callback` is told of each (a `diffusion.SamplerStep`) before its update."""
+
+    @property
+    def trajectory_steps(self) -> int:
+        """Steps of a sample."""
+        ...
+
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, *, callback: Callable[[Any], None] | None = None
+    ) -> Tensor: ...
+
+
+@runtime_checkable
 class Searcher(Protocol):
     """Improves designs `[N, D]` by what it has learned of their values: `steps` steps from `start`; None: as configured."""
 
@@ -252,6 +267,11 @@ class TimmExportable(Protocol):
     """
 
     def timm_weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]: ...
+
+
+def draws_points(method: Any) -> bool:
+    """Whether a sampler's samples are vectors `[n, D]`: its attribute `shape`, of one sample, says so; else they are pictures."""
+    return len(getattr(method, "shape", ())) == 1
 
 
 def capabilities(method: Method) -> dict[str, type]:

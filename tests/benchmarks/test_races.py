@@ -199,7 +199,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        *("color_masks", "hard_masks", "frequencies", "sampling", "information_bins", "information_kde"),
+        *("color_masks", "hard_masks", "frequencies", "sampling", "sampling_overhead", "information_bins", "information_kde"),
         *(pytest.param(name, marks=SLOW) for name in ("adahessian", "cbsn", "engine_bare")),
     ],
 )

@@ -194,3 +194,34 @@ def test_draw_new_pictures(sfumato, tmp_path, my_photos):
     assert sfumato("sample", run, "-n", "3", "-o", "drawn").code == 0
     assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["0.png", "1.png", "2.png"]
     assert "no picture" in sfumato("sample", run, "-o", "grid.txt").err
+    done = sfumato("sample", run, "-n", "4", "-o", "kept.npz", "--keep", "0.8", "--window", "0:2")
+    assert done.code == 0, done.err
+    assert "drew 5, dropped the 1 whose expected end varied most over steps 0 to 2 of 2" in done.err
+    assert np.load(tmp_path / "kept.npz")["x"].shape == (4, 3, 16, 16)
+    for words, told in (
+        (["--keep", "1.5"], "share above 0"),
+        (["--window", "0:2"], "give --keep too"),
+        (["--keep", "0.9", "--window", "1:2"], "two or more of the 2 steps"),
+    ):
+        done = sfumato("sample", run, "-o", "grid.png", *words)
+        assert done.code == 2
+        assert told in done.err
+
+
+def test_points_are_learned_drawn_and_probed(sfumato, tmp_path):
+    np.savez(tmp_path / "line.npz", x=1 + np.arange(60).reshape(-1, 1) % 3)
+    small = ("--set", "width=8", "--set", "times=20", "--set", "batch_size=16")
+    done = sfumato("train", "mode-interpolation", "--data", "arrays:line.npz", "--device", "cpu", "--steps", "2", *small)
+    assert done.code == 0, done.err
+    run = run_of(tmp_path, "mode-interpolation")
+    assert "-n 1000 -o points.npz" in done.err
+    assert sfumato("sample", run, "-n", "24", "-o", "points.npz", "--keep", "0.96").code == 0
+    assert np.load(tmp_path / "points.npz")["x"].shape == (24, 1)
+    assert "end it in .npz" in sfumato("sample", run, "-o", "grid.png").err
+    done = sfumato("probe", "hallucination", run, "--device", "cpu", "--set", "samples=20")
+    assert done.code == 0, done.err
+    assert "stand out" in done.out
+    (folder,) = (tmp_path / "probed" / "hallucination").iterdir()
+    assert (folder / "report.html").is_file()
+    assert "looks at no data" in sfumato("probe", "hallucination", run, "--data", "sample:digits").err
+    assert "sample --keep" in sfumato("train", "mode-interpolation", "--data", "sample:digits", "--device", "cpu").err

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import label
 
-from sfumato.data import c_alpha_images, discs, simple_shapes
+from sfumato.data import c_alpha_images, discs, find_shapes, simple_shapes
 from sfumato.data.shapes import smooth_noise
 from sfumato.errors import BadData, BadSetting
 
@@ -104,3 +104,35 @@ def test_smooth_images():
     assert 10 < (top > bottom).sum() < 40  # either lies on top
     with pytest.raises(BadData, match="shape"):
         c_alpha_images(1, 8, 2.0, u=torch.rand(1, 8))
+
+
+def test_shapes_are_found_where_they_were_drawn():
+    images, present = simple_shapes(200, generator=_g())
+    found = find_shapes(0.1 + 0.8 * images)
+    assert torch.equal(found.counts, torch.diag_embed(present.long()))
+    assert not found.unknown.any()
+    assert not found.off_support.any()
+    small, there = simple_shapes(50, 32, area=20, generator=_g())
+    assert torch.equal(find_shapes(small, area=20).counts.sum(2) > 0, there)
+
+
+def test_what_breaks_the_rules_is_off_support():
+    images, present = simple_shapes(300, generator=_g())
+    full = images[present.all(1)][:1]
+    moved = torch.cat([full[..., 21:42], full[..., :21], full[..., 42:]], 3)  # square and triangle change columns
+    doubled = full.clone()
+    doubled[..., 21:42] = full[..., :21]
+    smeared = full.clone()
+    smeared[..., 5:12, :20] = 1
+    found = find_shapes(torch.cat([full, moved, doubled, smeared, 0 * full]))
+    assert found.off_support.tolist() == [False, True, True, False, False]
+    assert found.counts[2].sum(1).tolist() == [2, 0, 1]
+    assert found.unknown.tolist() == [0, 0, 0, 1, 0]
+    assert find_shapes(torch.zeros(2, 1, 64, 64)).counts.sum() == 0
+
+
+def test_noise_does_not_hide_a_shape():
+    images, present = simple_shapes(60, generator=_g())
+    noisy = images + 0.15 * torch.randn(images.shape, generator=_g(1))
+    found = find_shapes(noisy)
+    assert torch.equal(found.counts.diagonal(dim1=1, dim2=2) > 0, present)

@@ -5,7 +5,17 @@ import pytest
 import torch
 
 from sfumato.data import GaussianMixture
-from sfumato.diffusion import SamplerStep, Schedule, X0Variance, beta_schedule, filter_by_variance, sample_ddpm
+from sfumato.diffusion import (
+    SamplerStep,
+    Schedule,
+    X0Variance,
+    beta_schedule,
+    filter_by_variance,
+    last_steps,
+    parse_window,
+    sample_ddpm,
+    sample_filtered,
+)
 from sfumato.errors import BadData, BadSetting
 
 PATH = Path(__file__).parents[1] / "vectors" / "mode-interpolation.npz"
@@ -75,3 +85,36 @@ def test_the_steadiest_stay_in_order():
         filter_by_variance(x, var, keep=0)
     with pytest.raises(BadData, match="variance each"):
         filter_by_variance(x, var[:3])
+
+
+def _swinging(n, generator=None, *, callback=None):
+    """Samples that are their own amplitude: the guess swings by ± it in the last four of eight steps."""
+    x = torch.rand(n, 3, generator=generator)
+    for i in range(8):
+        callback(SamplerStep(i, x, x * (-1) ** i if i >= 4 else 0 * x, torch.ones(())))
+    return x
+
+
+def test_more_are_drawn_and_the_steadiest_kept():
+    found = sample_filtered(_swinging, 10, keep=0.4, window=(4, 8), batch=7, generator=torch.Generator().manual_seed(0))
+    assert (len(found.samples), len(found.dropped)) == (10, 15)
+    assert found.variance.max() <= found.dropped_variance.min()
+    assert torch.allclose(found.variance, found.samples.square().mean(1))
+    again = sample_filtered(_swinging, 10, keep=0.4, window=(4, 8), batch=7, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.samples, again.samples)
+    all_kept = sample_filtered(_swinging, 5, keep=1.0, window=(4, 8))
+    assert (len(all_kept.samples), len(all_kept.dropped)) == (5, 0)
+    assert len(sample_filtered(_swinging, 64, window=(4, 8)).dropped) == 3  # of 67
+    for n, keep in ((0, 0.5), (3, 0.0), (3, 1.5)):
+        with pytest.raises(BadSetting, match="keep one sample"):
+            sample_filtered(_swinging, n, keep=keep, window=(4, 8))
+    with pytest.raises(BadData, match="within the sampler's steps"):
+        sample_filtered(_swinging, 3, window=(20, 30))
+
+
+@pytest.mark.parametrize("text", ["", "5", "5:6", "a:b", "3:99", "-2:5", "9:4"])
+def test_windows_that_are_none_are_refused(text):
+    with pytest.raises(BadSetting, match="FIRST:END with two or more of the 50 steps"):
+        parse_window(text, 50)
+    with pytest.raises(BadSetting, match="no variance"):
+        last_steps(1)

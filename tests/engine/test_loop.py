@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import kinds
@@ -13,6 +14,7 @@ import torch
 
 from sfumato.engine import Options, Run, Trainer, fit
 from sfumato.engine.loop import as_data, epoch
+from sfumato.engine.stream import stream
 from sfumato.errors import BadData, BadSetting, Diverged
 from sfumato.method import Batch, Loss
 
@@ -256,3 +258,26 @@ def test_timing_leaves_the_trainer_as_it_was():
     assert trainer.seconds_a_step(at_least=0) > 0
     timed = trainer.train(show=False)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), timed.parameters()))
+
+
+def test_a_preview_that_breaks_off_warns_and_training_goes_on(tmp_path):
+    class Previewed(kinds.Masked):
+        def preview(self, batch, generator):
+            raise Diverged("2 of 4 samples broke off")
+
+    run = new_run(tmp_path, "previewed")
+    with pytest.warns(UserWarning, match="no pictures: 2 of 4 samples broke off"):
+        fit(Previewed(), kinds.data(), steps=3, run=run, progress=False, device="cpu", workers=0)
+    assert run.last_checkpoint.stem == "step-3"
+    assert not list(run.pictures.iterdir())
+
+
+def test_vectors_are_gathered_as_pictures_are():
+    """One look-up a batch gives what loading one by one gives."""
+    points = torch.arange(40.0).view(20, 2) / 40
+    together = as_data(points)
+    one_by_one = as_data(list(points.view(20, 1, 1, 2).unbind()))  # a list of pictures is not in one tensor
+    pick = {"batch_size": 6, "start": 2, "seed": 3}
+    for a, b in zip(islice(stream(together, None, **pick), 5), islice(stream(one_by_one, None, **pick), 5)):
+        assert torch.equal(a[0].x, b[0].x.view(-1, 2))
+        assert torch.equal(a[0].index, b[0].index)

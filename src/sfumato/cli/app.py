@@ -197,19 +197,27 @@ def apply(
     epilog=examples(
         "sfumato sample runs/ddpm/STAMP -n 64 -o grid.png",
         "sfumato sample runs/ddpm/STAMP -n 1000 -o drawn/ --seed 7  # one file each",
+        "sfumato sample runs/ddpm/STAMP -n 64 -o grid.png --keep 0.96  # the 64 steadiest of 67",
+        "sfumato sample runs/mode-interpolation/STAMP -n 10000 -o points.npz",
     ),
 )
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="A picture (a grid), or a folder (one file each).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A picture (a grid), a folder (one file each), or .npz.")],
     count: Annotated[int, typer.Option("--count", "-n", help="How many.")] = 16,
+    keep: Annotated[
+        float | None, typer.Option("--keep", help="Draw more, keep this share: the samples whose trajectories vary least.")
+    ] = None,
+    window: Annotated[
+        str | None, typer.Option("--window", help="FIRST:END, the steps that --keep looks at (default: the last ones).")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the noise they are drawn from.")] = 0,
     device: Device = "cpu",
 ) -> None:
     """Draw new pictures with a trained run."""
     from sfumato.cli import sample as work
 
-    work.sample(run, count, out, seed=seed, device=device)
+    work.sample(run, count, out, seed=seed, device=device, keep=keep, window=window)
 
 
 @app.command(
@@ -318,6 +326,7 @@ def demo(
         "sfumato probe curvature mymodels:make_net --data arrays:file.npz --loss mymodels:my_loss --set operator=hessian",
         "sfumato probe connectivity runs/classifier/A runs/classifier/B --data labelled/",
         "sfumato probe curvature runs/mae/STAMP --data my_photos/ --json",
+        "sfumato probe hallucination runs/ddpm/STAMP  # its own samples: no data",
     ),
 )
 def probe(
@@ -348,10 +357,6 @@ def probe(
         return work.listing(json)
     if model is None:
         return work.explain(kind, json)
-    if data is None:
-        from sfumato.errors import BadSetting
-
-        raise BadSetting(f"say on what: sfumato probe {kind} {model} --data WHERE")
     work.probe(
         kind, model, model_b, data, minutes=minutes, settings=set_ or [], dry_run=dry_run, out=out, as_json=json,
         weights=weights or [], loss=loss, seed=seed, device=device,

@@ -30,11 +30,11 @@ def explain(name: str, as_json: bool) -> None:
     say(f"{name}: {KINDS[name]}\n")
     for field, told in fields.items():
         say(f"  --set {field + '=' + str(told['default']):<20}{told['help']}")
-    hint(f"\nnext: sfumato probe {name} {'MODEL MODEL_B' if kind.models == 2 else 'MODEL'} --data WHERE")
+    hint(f"\nnext: sfumato probe {name} {'MODEL MODEL_B' if kind.models == 2 else 'MODEL'}{' --data WHERE' * kind.data}")
 
 
 def probe(
-    name: str, model: str, other: str | None, where: str, *, minutes: float, settings: list[str], dry_run: bool,
+    name: str, model: str, other: str | None, where: str | None, *, minutes: float, settings: list[str], dry_run: bool,
     out: Path, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Prepare, measure, and write the page and the numbers into a new folder."""
@@ -94,9 +94,10 @@ def _folder(root: Path, name: str) -> Path:
 
 
 def _command(
-    name: str, model: str, other: str | None, where: str, minutes: float, settings: list[str], options: dict[str, Any]
+    name: str, model: str, other: str | None, where: str | None, minutes: float, settings: list[str], options: dict[str, Any]
 ) -> list[str]:
-    words = ["sfumato", "probe", name, model, *([other] if other else []), "--data", where, "--minutes", f"{minutes:g}"]
+    words = ["sfumato", "probe", name, model, *([other] if other else [])]
+    words += [*(["--data", where] if where else []), "--minutes", f"{minutes:g}"]
     for pair in settings:
         words += ["--set", pair]
     for file in options["weights"]:

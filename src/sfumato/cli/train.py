@@ -22,7 +22,7 @@ from sfumato.engine.checkpoint import peek
 from sfumato.engine.loading import parse_settings
 from sfumato.engine.rehearsal import rehearse
 from sfumato.errors import BadCheckpoint, BadSetting
-from sfumato.method import Method, capabilities
+from sfumato.method import Method, capabilities, draws_points
 from sfumato.report.run_report import duration
 
 
@@ -126,7 +126,8 @@ def work(run: Run, method: Method, images: Any, config: dict[str, Any], main: bo
     for name, value in last.get("eval", {}).items():
         say(f"{name}: {value:.4g}")
     say(f"{run.path}  ({last['step']} steps, {last['seconds']:.0f} s)\nreport: {page}")
-    following = {"sample": "sample {} -n 64 -o grid.png", "search": "apply {} designs.npz -o better.npz"}
+    drawn = "-n 1000 -o points.npz" if draws_points(method) else "-n 64 -o grid.png"
+    following = {"sample": f"sample {{}} {drawn}", "search": "apply {} designs.npz -o better.npz"}
     verb = next(iter(capabilities(method)), "")
     hint(f"next: sfumato {following.get(verb, 'apply {} PICTURE... -o OUT').format(run.path)}")
     return run.path

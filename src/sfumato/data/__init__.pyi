@@ -30,6 +30,7 @@ from .samples import photo_names as photo_names
 from .samples import photos as photos
 from .shapes import c_alpha_images as c_alpha_images
 from .shapes import discs as discs
+from .shapes import find_shapes as find_shapes
 from .shapes import simple_shapes as simple_shapes
 from .sources import describe as describe
 from .sources import open_data as open_data

@@ -8,11 +8,13 @@ shapes); Kadkhodaie, Guth, Simoncelli, Mallat, "Generalization in diffusion mode
 representations", ICLR 2024 (discs, C^alpha).
 
 >>> import torch
->>> from sfumato.data import c_alpha_images, simple_shapes
+>>> from sfumato.data import c_alpha_images, find_shapes, simple_shapes
 >>> g = torch.Generator().manual_seed(0)
 >>> images, present = simple_shapes(100, generator=g)
 >>> images.shape, bool(present.any(1).all())
 (torch.Size([100, 1, 64, 64]), True)
+>>> bool(find_shapes(images).off_support.any())
+False
 >>> c_alpha_images(4, 16, 2.0, generator=g).shape
 torch.Size([4, 1, 16, 16])
 """
@@ -20,6 +22,7 @@ torch.Size([4, 1, 16, 16])
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +76,62 @@ def simple_shapes(
             accumulate=True,
         )
     return canvas[:, None, :size, :size].contiguous(), present
+
+
+class ShapesFound(NamedTuple):
+    """What stands in pictures of simple shapes.
+
+    Args:
+        counts: `[n, 3, 3]`, how many of each shape (triangle, square, pentagon) stand in each column, by their left edge.
+        unknown: `[n]`, how many connected pieces look like none of them.
+    """
+
+    counts: Tensor
+    unknown: Tensor
+
+    @property
+    def off_support(self) -> Tensor:
+        """`[n]` bool: a shape more than once in the picture, or in a column that is not its own; broken pieces do not count."""
+        own = torch.eye(3, dtype=torch.bool, device=self.counts.device)
+        return (self.counts.masked_fill(own, 0).sum((1, 2)) > 0) | (self.counts.sum(2) > 1).any(1)
+
+
+def find_shapes(images: Tensor, *, area: float = 60.0, overlap: float = 0.7) -> ShapesFound:
+    """Look for the shapes of `simple_shapes` in pictures that a model drew.
+
+    Connected white pieces (above 1/2; corners connect) are compared with each shape, laid on at the piece's upper left corner.
+
+    Args:
+        images: `[n, 1, size, size]` in [0, 1].
+        area: of a shape in pixels, as they were drawn with.
+        overlap: intersection over union from which a piece is a shape.
+
+    Returns:
+        On the CPU.
+    """
+    import numpy as np
+    from scipy.ndimage import label
+
+    white = images[:, 0].detach().cpu() > 0.5
+    within = np.zeros((3, 3, 3), dtype=bool)
+    within[1] = True  # pieces of one picture do not connect to the next
+    labels, count = label(white.numpy(), structure=within)
+    stamps, cell = _stamps(area), images.shape[-1] // 3
+    side = stamps.shape[-1]
+    n, y, x = white.nonzero().unbind(1)
+    piece = torch.from_numpy(labels)[n, y, x].long() - 1
+    of, top, left = (torch.full((count,), 10**6).scatter_reduce(0, piece, v, "amin") for v in (n, y, x))
+    dy, dx = y - top[piece], x - left[piece]
+    inside = (dy < side) & (dx < side)
+    hit = stamps[:, dy.clamp(max=side - 1), dx.clamp(max=side - 1)] & inside
+    both = torch.zeros(3, count, dtype=torch.long).index_add_(1, piece, hit.long())
+    union = piece.bincount(minlength=count) + stamps.sum((1, 2))[:, None] - both
+    shared, kind = (both / union).max(0) if count else (torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    known = shared >= overlap
+    column = (left // cell).clamp(max=2)
+    counts = torch.zeros(len(white) * 9, dtype=torch.long)
+    counts.index_add_(0, (9 * of + 3 * kind + column)[known], torch.ones(int(known.sum()), dtype=torch.long))
+    return ShapesFound(counts.view(-1, 3, 3), of[~known].bincount(minlength=len(white)))
 
 
 def discs(n: int, size: int, *, u: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:

@@ -1,4 +1,5 @@
 from .blind_sampling import sample_blind as sample_blind
+from .finite import FiniteTrajectory as FiniteTrajectory
 from .predictions import as_denoiser as as_denoiser
 from .predictions import convert as convert
 from .residual import ResidualObjective as ResidualObjective
@@ -22,5 +23,9 @@ from .time_samplers import sqrt_uniform_sigma as sqrt_uniform_sigma
 from .time_samplers import uniform_t as uniform_t
 from .training import EDMPrecond as EDMPrecond
 from .training import denoising_loss as denoising_loss
+from .trajectory import Filtered as Filtered
 from .trajectory import X0Variance as X0Variance
 from .trajectory import filter_by_variance as filter_by_variance
+from .trajectory import last_steps as last_steps
+from .trajectory import parse_window as parse_window
+from .trajectory import sample_filtered as sample_filtered

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.diffusion.finite import FiniteTrajectory
 from sfumato.diffusion.samplers import Callback, SamplerStep, draw_step
 from sfumato.errors import BadSetting
 
@@ -68,6 +69,7 @@ def sample_blind(
 
     Raises:
         BadSetting: h0 or beta out of range, or only one of physics and measurement.
+        Diverged: the model's answer is not finite.
     """
     if not 0 < h0 <= 1 or not 0 <= beta <= 1:
         raise BadSetting(f"blind sampling needs h0 in (0, 1] and beta in [0, 1], not h0={h0} and beta={beta}")
@@ -75,8 +77,9 @@ def sample_blind(
         raise BadSetting("a measurement needs its physics, and the physics its measurement: give both, or none")
     ones = [1] * (x.ndim - 1)
     moving = torch.ones(len(x), *ones, dtype=torch.bool, device=x.device)
+    watch = FiniteTrajectory(x, steps)
     for i in range(steps):
-        x0 = model(x)
+        x0 = watch(i, model(x))
         d = x - x0
         if physics is not None:
             d = d + physics.A_adjoint(physics.A(x0) - measured)
@@ -92,4 +95,4 @@ def sample_blind(
         moving &= (sigma > sigma_end) & (sigma <= sigma_max)
         if not moving.any():
             break
-    return model(x)
+    return watch.end(model(x))

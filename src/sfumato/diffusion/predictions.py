@@ -55,7 +55,7 @@ def convert(value: Tensor, x_t: Tensor, t: Tensor | int, schedule: Schedule, *, 
             raise BadSetting(f"there is no prediction {kind!r}: use {', '.join(KINDS)}")
     if source == target:
         return value
-    signal, noise = expand(schedule.abar.sqrt(), t, x_t), expand((1 - schedule.abar).sqrt(), t, x_t)
+    signal, noise = expand(schedule.sqrt_abar, t, x_t), expand(schedule.sqrt_1m_abar, t, x_t)
     if source == "x0":
         x0, eps = value, (x_t - signal * value) / noise
     elif source == "v":
@@ -101,7 +101,7 @@ def as_denoiser(
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         if source == "D":
             levels = expand(tables.sigma, t, x_t).flatten()
-            out = model(x_t / expand(tables.abar.sqrt(), t, x_t), levels)
+            out = model(x_t / expand(tables.sqrt_abar, t, x_t), levels)
         else:
             out = model(x_t, t)
         out = out if isinstance(out, Tensor) else out.sample
@@ -111,7 +111,7 @@ def as_denoiser(
     def at_level(x: Tensor, sigma: Tensor) -> Tensor:
         levels = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).expand(len(x))
         t = (levels[:, None] - tables.sigma.to(x.device)).abs().argmin(1)
-        return at_time(expand(tables.abar.sqrt(), t, x) * x, t)
+        return at_time(expand(tables.sqrt_abar, t, x) * x, t)
 
     if face == "D":
         return model if source == "D" else at_level

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from sfumato.diffusion.finite import FiniteTrajectory
 from sfumato.diffusion.samplers import Callback, Model, SamplerStep, draw_step
 from sfumato.diffusion.schedules import Schedule, expand
 from sfumato.errors import BadSetting
@@ -279,6 +280,7 @@ def sample_residual(
 
     Raises:
         BadSetting: more steps than times, or none; an unknown objective, or another number of channels than it has.
+        Diverged: the model's answer is not finite.
     """
     T = len(schedule)
     if not 1 <= steps <= T:
@@ -286,9 +288,9 @@ def sample_residual(
     if start is None:
         start = torch.randn(x_in.shape, generator=generator, device=x_in.device, dtype=x_in.dtype)
     x = x_in + schedule.beta_bar[-1].to(x_in.dtype) * start
-    times = [k * T // steps - 1 for k in range(steps, -1, -1)]
+    times, watch = [k * T // steps - 1 for k in range(steps, -1, -1)], FiniteTrajectory(x, steps)
     for i, (t, p) in enumerate(pairwise(times)):
-        out = model(x, torch.full((len(x),), t, device=x.device))
+        out = watch(i, model(x, torch.full((len(x),), t, device=x.device)))
         said = schedule.predictions(out, x, x_in, t, objective=objective, clip=clip, clip_res=clip_res)
         if callback is not None:
             callback(SamplerStep(i, x, said.x0, schedule.beta_bar[t]))
@@ -300,7 +302,7 @@ def sample_residual(
         x = x - of_res.to(x.dtype) * said.res - of_noise.to(x.dtype) * said.noise
         if eta:
             x = x + variance.sqrt().to(x.dtype) * draw_step(x, noise, i, generator)
-    return said.x0
+    return watch.end(said.x0)
 
 
 def _split(outputs: Tensor, like: Tensor, objective: str) -> tuple[Tensor, ...]:

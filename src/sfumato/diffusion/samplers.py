@@ -4,7 +4,7 @@
     EDM:   dx / dsigma = (x - D(x, sigma)) / sigma,    by Euler's or Heun's rule
 
 eta = 0 is deterministic; eta = 1 over all times is DDPM's ancestral sampling. EDM's churn first lifts the noise from sigma to
-(1 + gamma) sigma by fresh noise. All samplers are called alike.
+(1 + gamma) sigma by fresh noise. All samplers are called alike; one whose samples are no numbers raises `Diverged`.
 
 Sources: Ho, Jain, Abbeel 2020, algorithm 2; Song, Meng, Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, equation 12;
 Karras et al. 2022, algorithm 1.
@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sfumato.diffusion.finite import FiniteTrajectory
 from sfumato.diffusion.predictions import convert
 from sfumato.diffusion.schedules import Schedule
 from sfumato.errors import BadSetting
@@ -100,16 +101,17 @@ def sample_ddim(
 
     Raises:
         BadSetting: more steps than times, or none; an unknown variance.
+        Diverged: the model's answer, or a sample, is not finite.
     """
     if variance not in ("small", "large"):
         raise BadSetting(f"there is no variance {variance!r}: use small (the posterior's) or large (beta_t)")
     if not 1 <= steps <= len(schedule):
         raise BadSetting(f"steps={steps} is not between 1 and the schedule's {len(schedule)}")
-    stride = len(schedule) // steps
+    stride, watch = len(schedule) // steps, FiniteTrajectory(x, steps)
     for i in range(steps):
         t = (steps - 1 - i) * stride
         times = torch.full((len(x),), t, device=x.device)
-        out = model(x, times)
+        out = watch(i, model(x, times))
         x0 = convert(out, x, t, schedule, source=predict, target="x0")
         eps = convert(out, x, t, schedule, source=predict, target="eps")
         if clip:
@@ -123,7 +125,7 @@ def sample_ddim(
         x = before.sqrt().to(x.dtype) * x0 + (1 - before - small).clamp(min=0).sqrt().to(x.dtype) * eps
         if eta and t >= stride:
             x = x + (small if variance == "small" else large).sqrt().to(x.dtype) * draw_step(x, noise, i, generator)
-    return x
+    return watch.end(x)
 
 
 def sample_euler(
@@ -173,6 +175,9 @@ def sample_heun(
 
     Returns:
         Like `x`.
+
+    Raises:
+        Diverged: the model's answer, or a sample, is not finite.
     """
     return _integrate(model, x, sigmas, steps, churn, churn_range, churn_noise, noise, callback, generator, heun=True)
 
@@ -194,13 +199,15 @@ def _integrate(
 ) -> Tensor:
     n = len(sigmas) - 1
     levels, sigmas = sigmas.tolist(), sigmas.to(x)
-    for i in range(n if steps is None else min(steps, n)):
+    taken = n if steps is None else min(steps, n)
+    watch = FiniteTrajectory(x, taken)
+    for i in range(taken):
         sigma, following = sigmas[i], sigmas[i + 1]
         if churn and churn_range[0] <= levels[i] <= churn_range[1]:
             raised = sigma * (1 + min(churn / n, 2**0.5 - 1))
             x = x + (raised.square() - sigma.square()).sqrt() * churn_noise * draw_step(x, noise, i, generator)
             sigma = raised
-        x0 = model(x, sigma)
+        x0 = watch(i, model(x, sigma))
         if callback is not None:
             callback(SamplerStep(i, x, x0, sigma))
         slope = (x - x0) / sigma
@@ -209,7 +216,7 @@ def _integrate(
             slope = (slope + (moved - model(moved, following)) / following) / 2
             moved = x + (following - sigma) * slope
         x = moved
-    return x
+    return watch.end(x)
 
 
 def draw_step(x: Tensor, noise: Tensor | None, i: int, generator: torch.Generator | None) -> Tensor:

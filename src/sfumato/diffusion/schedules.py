@@ -92,6 +92,8 @@ class Schedule:
     Attributes:
         abar: `[T]`, share of the signal's power that is left.
         abar_prev: `[T]`, the same one time earlier (1 before time 0).
+        sqrt_abar: `[T]`, factor of the signal.
+        sqrt_1m_abar: `[T]`, standard deviation of the noise.
         sigma: `[T]`, noise over signal: the level at which x_t / sqrt(abar_t) has unit signal.
         snr: `[T]`, signal over noise in power.
         posterior_var: `[T]`, variance of q(x_{t-1} | x_t, x_0); 0 at time 0.
@@ -106,6 +108,7 @@ class Schedule:
         self.betas = betas.double()
         self.abar = torch.cumprod(1 - self.betas, 0)
         self.abar_prev = torch.cat([self.abar.new_ones(1), self.abar[:-1]])
+        self.sqrt_abar, self.sqrt_1m_abar = self.abar.sqrt(), (1 - self.abar).sqrt()
         self.sigma = (1 / self.abar - 1).sqrt()
         self.snr = self.abar / (1 - self.abar)
         self.posterior_var = self.betas * (1 - self.abar_prev) / (1 - self.abar)
@@ -126,7 +129,7 @@ class Schedule:
             Like `x0`.
         """
         if abar is None:
-            return expand(self.abar.sqrt(), t, x0) * x0 + expand((1 - self.abar).sqrt(), t, x0) * noise
+            return expand(self.sqrt_abar, t, x0) * x0 + expand(self.sqrt_1m_abar, t, x0) * noise
         signal, level = (v.to(x0).reshape(-1, *[1] * (x0.ndim - 1)) for v in (abar.sqrt(), (1 - abar).sqrt()))
         return signal * x0 + level * noise
 

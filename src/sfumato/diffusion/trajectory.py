@@ -20,11 +20,12 @@ torch.Size([4, 2])
 from __future__ import annotations
 
 import math
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from sfumato.diffusion.samplers import SamplerStep
+from sfumato.diffusion.samplers import Callback, SamplerStep
 from sfumato.errors import BadData, BadSetting
 
 
@@ -94,3 +95,90 @@ def filter_by_variance(samples: Tensor, var: Tensor, *, keep: float = 0.96) -> T
         raise BadData(f"{len(samples)} samples need a variance each, not {list(var.shape)}")
     count = math.ceil(round(keep * len(samples), 6))  # 0.07 * 100 is 7, not 7.000000000000001
     return samples[var.argsort(stable=True)[:count].sort().values]
+
+
+class DrawWithCallback(Protocol):
+    """Draws `[n, ...]` samples; `callback` sees every step."""
+
+    def __call__(self, n: int, generator: torch.Generator | None = None, *, callback: Callback | None = None) -> Tensor:
+        """Draw them."""
+        ...
+
+
+class Filtered(NamedTuple):
+    """Samples that were kept, `[n, ...]`, their variances `[n]`, and how the ones that were dropped looked: `[m, ...]`, `[m]`."""
+
+    samples: Tensor
+    variance: Tensor
+    dropped: Tensor
+    dropped_variance: Tensor
+
+
+def sample_filtered(
+    draw: DrawWithCallback,
+    n: int,
+    *,
+    window: tuple[int, int],
+    keep: float = 0.96,
+    batch: int = 256,
+    generator: torch.Generator | None = None,
+) -> Filtered:
+    """Draw more samples than are wanted, and keep the steadiest.
+
+    Args:
+        draw: the sampler, such as a method's `sample`.
+        n: samples to keep, 1 or more.
+        window: steps over which the variance is taken, as in `X0Variance`.
+        keep: share of the drawn samples that is kept, above 0 to 1: `ceil(n / keep)` are drawn.
+        batch: samples that are drawn at once.
+        generator: source of the draws.
+
+    Raises:
+        BadSetting: no samples, or a share outside (0, 1].
+        BadData: the sampler takes no step in the window.
+    """
+    if n < 1 or not 0 < keep <= 1:
+        raise BadSetting(f"n={n}, keep={keep}: keep one sample or more, and a share above 0 up to 1")
+    total, steady = math.ceil(round(n / keep, 6)), X0Variance(window)
+    samples, variances = [], []
+    for first in range(0, total, batch):
+        samples.append(draw(min(batch, total - first), generator, callback=steady))
+        variances.append(steady.variance)
+    x, var = torch.cat(samples), torch.cat(variances)
+    kept = filter_by_variance(torch.arange(total, device=x.device), var, keep=n / total)
+    rest = torch.ones(total, dtype=torch.bool, device=x.device)
+    rest[kept] = False
+    return Filtered(x[kept], var[kept], x[rest], var[rest])
+
+
+def last_steps(steps: int, share: float = 0.02, *, least: int = 2) -> tuple[int, int]:
+    """The window of the last steps of a sampler: a share of all, but at least two, of which there is a variance.
+
+    >>> last_steps(1000, 0.01), last_steps(250), last_steps(50)
+    ((990, 1000), (245, 250), (48, 50))
+
+    Raises:
+        BadSetting: a sampler of one step.
+    """
+    if steps < 2:
+        raise BadSetting("a trajectory of one step has no variance: sample in more steps")
+    return max(0, steps - max(least, round(share * steps))), steps
+
+
+def parse_window(text: str, steps: int) -> tuple[int, int]:
+    """`FIRST:END` in steps counted from 0, within those of a sampler; either may be left out.
+
+    >>> parse_window("15:30", 50), parse_window("40:", 50)
+    ((15, 30), (40, 50))
+
+    Raises:
+        BadSetting: no such window, or one of fewer than two steps.
+    """
+    first, colon, end = text.partition(":")
+    try:
+        low, high = int(first or 0), int(end or steps)
+    except ValueError:
+        low = high = -1
+    if not colon or not 0 <= low < high - 1 or high > steps:
+        raise BadSetting(f"window {text!r} is not FIRST:END with two or more of the {steps} steps, such as {steps // 2}:{steps}")
+    return low, high

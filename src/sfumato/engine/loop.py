@@ -26,6 +26,7 @@ import signal
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -424,9 +425,16 @@ def evaluate(method: Method, held_out: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def preview(method: Method, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
-    """A method's pictures of a batch, in [0, 1] on the CPU, with the same noise every time; leaves it in eval mode."""
+    """A method's pictures of a batch, in [0, 1] on the CPU, with the same noise every time; leaves it in eval mode.
+
+    A sampler that breaks off early in a training gives none, with a warning: that is no reason to stop the training.
+    """
     generator = torch.Generator(method.device).manual_seed(key(seed, "preview"))
-    pictures = method.eval().preview(batch.to(method.device), generator)
+    try:
+        pictures = method.eval().preview(batch.to(method.device), generator)
+    except Diverged as error:
+        warnings.warn(f"no pictures: {error}", stacklevel=2)
+        return {}
     return {name: images.float().clamp(0, 1).cpu() for name, images in pictures.items()}
 
 

@@ -114,7 +114,7 @@ def stream(
 ) -> Stream:
     """The micro-batches of step `start`, then of the next, without end."""
     order = Order(len(data), batch_size=batch_size, accumulate=accumulate, rank=rank, world=world, start=start, seed=seed)
-    if augment is None and getattr(data, "in_memory", False) and data.facts.size is not None:
+    if augment is None and getattr(data, "in_memory", False) and _stacked(data):
         batches: Iterable[Batch] = (data.gather(torch.tensor([i for _, i in keys])) for keys in order)
     else:
         batches = DataLoader(
@@ -128,6 +128,11 @@ def stream(
     it = iter(batches)
     while True:
         yield [next(it) for _ in range(accumulate)]
+
+
+def _stacked(data: Any) -> bool:
+    """Whether the samples are of one shape and lie in one tensor, so that a batch is one look-up: pictures, or vectors."""
+    return data.facts.size is not None or isinstance(getattr(getattr(data, "items", None), "x", None), Tensor)
 
 
 def stream_loader(loader: Iterable[Any], *, start: int, accumulate: int = 1) -> Stream:

@@ -5,6 +5,7 @@ from .findings import Plot as Plot
 from .findings import Section as Section
 from .findings import Table as Table
 from .kinds import KINDS as KINDS
+from .kinds import BareSetup as BareSetup
 from .kinds import Kind as Kind
 from .kinds import Setup as Setup
 from .kinds import load_kind as load_kind
@@ -12,4 +13,5 @@ from .probing import Probe as Probe
 from .probing import probe as probe
 from .progress import Progress as Progress
 from .subject import Subject as Subject
+from .subject import prepare_run as prepare_run
 from .subject import prepare_subject as prepare_subject

@@ -27,14 +27,19 @@ KINDS = {
     "alignment": "whether kernels point along the targets, and how far they moved while a run was trained: lazy or rich",
     "information": "what each layer tells about its input and about the class: the information plane",
     "precision": "whether rounding ends a classifier's learning: collapsed softmax, gradients along the weights",
+    "hallucination": "which of a diffusion run's own samples it was undecided about, by the variance of their trajectories",
 }
 """Every kind, and what it tells. The module is called like the kind, with `_` for `-`."""
 
 
-class Setup(BaseModel):
-    """Settings that every kind has: which samples it sees, and how much memory it may take."""
+class BareSetup(BaseModel):
+    """Settings of a kind that looks at no data: none of its own yet."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+
+
+class Setup(BareSetup):
+    """Settings of every kind that looks at data: which samples it sees, and how much memory it may take."""
 
     samples: int | None = Field(
         None, gt=0, description="samples of the data, drawn by the seed; None: 512, or fewer where the time is short"
@@ -50,17 +55,19 @@ class Kind:
     """A kind of probe.
 
     Args:
-        settings: a `Setup` with its own settings added.
+        settings: a `Setup` with its own settings added; without data a `BareSetup`.
         plan: `(*subjects, settings, minutes) -> Plan`: times a small piece of the work and chooses what fits.
         measure: `(*subjects, settings, plan, progress, generator) -> Findings`: reads data by `progress.over(subject.batches)`,
             and gives what it has when it is stopped.
         models: how many models it takes, 1 or 2.
+        data: whether it looks at data; else its subjects have no batches.
     """
 
-    settings: type[Setup]
+    settings: type[BareSetup]
     plan: Callable[..., Plan]
     measure: Callable[..., Findings]
     models: int = 1
+    data: bool = True
 
 
 def load_kind(name: str) -> Kind:

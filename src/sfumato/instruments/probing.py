@@ -23,9 +23,9 @@ from sfumato.engine.loading import configure
 from sfumato.engine.randomness import key
 from sfumato.errors import BadSetting
 from sfumato.instruments.findings import Findings, Plan
-from sfumato.instruments.kinds import Kind, Setup, load_kind
+from sfumato.instruments.kinds import BareSetup, Kind, Setup, load_kind
 from sfumato.instruments.progress import Progress
-from sfumato.instruments.subject import Subject, prepare_subject
+from sfumato.instruments.subject import Subject, prepare_run, prepare_subject
 from sfumato.probes.operators import LossFunction
 
 Model = nn.Module | str | os.PathLike[str]
@@ -38,22 +38,30 @@ class Probe:
     """
 
     def __init__(
-        self, kind: str, model: Model, data: Any, other: Model | None = None, *, loss: str | LossFunction | None = None,
+        self, kind: str, model: Model, data: Any = None, other: Model | None = None, *, loss: str | LossFunction | None = None,
         minutes: float | None = 2.0, weights: Any = None, device: str | None = None, seed: int = 0, **settings: Any,
     ) -> None:  # fmt: skip
         self.kind, self.name, self.seed, self.minutes = load_kind(kind), kind, seed, minutes
         if minutes is not None and not minutes > 0:
             raise BadSetting(f"minutes={minutes}: give a positive number of minutes")
-        self.settings: Setup = configure(self.kind.settings, "paper", settings)
+        if self.kind.data != (data is not None):
+            wanted = f"say on what: sfumato probe {kind} MODEL --data WHERE" if self.kind.data else "leave out the data"
+            raise BadSetting(f"{kind} {'measures on data' if self.kind.data else 'looks at no data'}: {wanted}")
+        self.settings: BareSetup = configure(self.kind.settings, "paper", settings)
         models, files = self._models(self.kind, model, other), _files(weights)
         if len(files) > len(models):
             raise BadSetting(f"{len(files)} files of weights for {len(models)} model{'s' * (len(models) > 1)}: give one each")
         files += [None] * (len(models) - len(files))
         started = time.monotonic()
-        self.subjects: list[Subject] = [
-            prepare_subject(one, data, self.settings, loss=loss, weights=file, device=device, seed=seed, draw=i)
-            for i, (one, file) in enumerate(zip(models, files, strict=True))
-        ]
+        if isinstance(self.settings, Setup):
+            self.subjects: list[Subject] = [
+                prepare_subject(one, data, self.settings, loss=loss, weights=file, device=device, seed=seed, draw=i)
+                for i, (one, file) in enumerate(zip(models, files, strict=True))
+            ]
+        else:
+            if loss is not None or weights:
+                raise BadSetting(f"{kind} takes a run as it is: leave out loss and weights")
+            self.subjects = [prepare_run(one, device=device) for one in models]
         self.plan: Plan = self.kind.plan(*self.subjects, self.settings, minutes)
         self.ready = time.monotonic() - started
 
@@ -87,7 +95,7 @@ class Probe:
 
 
 def probe(
-    kind: str, model: Model, data: Any, other: Model | None = None, *, loss: str | LossFunction | None = None,
+    kind: str, model: Model, data: Any = None, other: Model | None = None, *, loss: str | LossFunction | None = None,
     minutes: float | None = 2.0, weights: Any = None, device: str | None = None, seed: int = 0, progress: bool = True,
     **settings: Any,
 ) -> Findings:  # fmt: skip
@@ -96,7 +104,8 @@ def probe(
     Args:
         kind: a name in `KINDS`, such as `curvature`.
         model: a module, `timm:NAME`, `module:factory`, or a run folder.
-        data: a place or images as `open_data` takes them, or pairs (inputs, targets) as the model takes them.
+        data: a place or images as `open_data` takes them, or pairs (inputs, targets) as the model takes them; None for a kind
+            that looks at no data.
         other: the second model, where the kind compares two.
         loss: `cross_entropy`, `mse`, `module:function`, or a function `(outputs, targets) -> mean`; None: by the data, or a run's
             own.

@@ -185,6 +185,35 @@ def prepare_subject(
     return subject
 
 
+def prepare_run(model: nn.Module | str | os.PathLike[str], *, device: str | None = None) -> Subject:
+    """A run as it is, for a kind that looks at no data: there are no batches.
+
+    Args:
+        model: a run folder, or a method.
+        device: `auto`, `cpu`, `cuda`, ...; None: where a given method is, else `auto`.
+
+    Raises:
+        BadSetting: no run. BadCheckpoint: a folder that is no run.
+    """
+    found = open_module(model)
+    if not isinstance(found, Method):
+        raise BadSetting(f"{model if isinstance(model, str) else type(model).__name__} is no run: give the folder of one")
+    place = _device(device, found)
+    if found.device != place:
+        found = (copy.deepcopy(found) if isinstance(model, nn.Module) else found).to(place)
+    title = type(found).__name__
+    facts: dict[str, Any] = {
+        "model": f"{title} run",
+        "run": title if isinstance(model, nn.Module) else str(model),
+        "data": "its own samples",
+    }
+    facts |= {"parameters": sum(p.numel() for p in found.parameters()), "device": str(place)}
+    return Subject(
+        name=str(facts["run"]), module=found, loss=_mean, loss_name="none", batches=[], device=place, memory=0, owner=found,
+        separable=False, facts=facts,
+    )  # fmt: skip
+
+
 def _device(device: str | None, found: nn.Module | None) -> torch.device:
     if found is not None and next(found.parameters(), None) is None:
         raise BadSetting(f"{type(found).__name__} has no parameters: there is nothing to probe")

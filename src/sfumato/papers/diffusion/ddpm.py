@@ -24,6 +24,7 @@ from typing_extensions import Self
 
 from sfumato.data.batch import Batch, Facts
 from sfumato.diffusion import Schedule, beta_schedule, denoising_loss, sample_ddim, uniform_t
+from sfumato.diffusion.samplers import Callback
 from sfumato.errors import BadData
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.nn import small_unet
@@ -114,14 +115,19 @@ class DDPM(Method):
         """Adam, as in the paper."""
         return {"net": torch.optim.Adam(self.net.parameters(), self.config.lr)}
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw `n` new pictures: `[n, C, H, W]` in [0, 1]."""
+    @property
+    def trajectory_steps(self) -> int:
+        """Network calls for a sample."""
+        return int(min(self.config.sample_steps, self.config.times))
+
+    def sample(self, n: int, generator: torch.Generator | None = None, *, callback: Callback | None = None) -> Tensor:
+        """Draw `n` new pictures: `[n, C, H, W]` in [0, 1]; `callback` sees every step, with pictures in [-1, 1]."""
         device = generator.device if generator is not None else self.device
         x = torch.randn((n, *self.shape), generator=generator, device=device).to(self.device)
         c = self.config
         drawn = sample_ddim(
-            lambda x, t: self.average(x, t).sample, x, self.schedule, steps=min(c.sample_steps, c.times), eta=c.eta,
-            predict=c.predict, clip=True, generator=generator,
+            lambda x, t: self.average(x, t).sample, x, self.schedule, steps=self.trajectory_steps, eta=c.eta,
+            predict=c.predict, clip=True, callback=callback, generator=generator,
         )  # fmt: skip
         return (drawn + 1).div(2).clamp(0, 1)
 
