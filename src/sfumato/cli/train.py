@@ -126,7 +126,10 @@ def work(run: Run, method: Method, images: Any, config: dict[str, Any], main: bo
     for name, value in last.get("eval", {}).items():
         say(f"{name}: {value:.4g}")
     say(f"{run.path}  ({last['step']} steps, {last['seconds']:.0f} s)\nreport: {page}")
-    following = {"sample": "sample {} -n 64 -o grid.png", "search": "apply {} designs.npz -o better.npz"}
+    following = {
+        "sample": "sample {} -n 64 -o grid.png", "search": "apply {} designs.npz -o better.npz",
+        "edit": "edit {} --direction 0 --strength -3,0,3 -o strip.png",
+    }  # fmt: skip
     verb = next(iter(capabilities(method)), "")
     hint(f"next: sfumato {following.get(verb, 'apply {} PICTURE... -o OUT').format(run.path)}")
     return run.path

@@ -6,8 +6,9 @@ The skips stay as they are. Directions Δh come from `sfumato.probes`: principal
 means. A sampler is any callable `sampler(model, x)` that calls `model(x_t, t)`: one of this room with its settings filled in, a
 loop over a scheduler of diffusers, a person's own.
 
-Sources: Kwon, Jeong, Uh, "Diffusion Models Already Have a Semantic Latent Space", ICLR 2023; Haas, Huberman-Spiegelglas, Mulayoff,
-Graßhof, Brandt, Michaeli, "Discovering Interpretable Directions in the Semantic Latent Space of Diffusion Models", FG 2024.
+Sources: Kwon, Jeong, Uh, "Diffusion Models Already Have a Semantic Latent Space", ICLR 2023; Haas, Huberman-Spiegelglas,
+Mulayoff, Graßhof, Brandt, Michaeli, "Discovering Interpretable Directions in the Semantic Latent Space of Diffusion Models", FG
+2024.
 
 >>> from functools import partial
 >>> import torch
@@ -38,7 +39,7 @@ from sfumato.nn.at_rest import eval_mode
 from sfumato.nn.unet import unet_decode, unet_encode
 
 Sampler = Callable[..., Tensor]
-"""`sampler(model, x) -> pictures`; with `noise=` where the noise of the steps is given, with `direction=` for asymmetric edits."""
+"""`sampler(model, x) -> pictures`; with `noise=` where the noise of the steps is given, `direction=` for asymmetric edits."""
 
 Start = Tensor | tuple[Tensor, Tensor | None]
 """Where sampling begins: x_T `[B, C, H, W]`, or x_T and the noise of every step `[S, B, C, H, W]` (see `ddpm_invert`)."""
@@ -86,7 +87,7 @@ def edit_h(
 
     Args:
         unet, sampler, start, cond, batch_size: as for `record_h`.
-        delta: the direction: `[C', h, w]` for all steps, `[S, C', h, w]` one a step, or `[B, S, C', h, w]` one a picture and step.
+        delta: the direction: `[C', h, w]` for all steps, `[S, C', h, w]` one a step, or `[B, S, C', h, w]` for each picture.
         scale: how far, one number or `[B]`; 0 gives the unedited pictures, bit for bit.
         asymmetric: only x̂_0 follows the edited network, the direction back to x_t the plain one (two decodings a step; the
             sampler must take `direction=`, as `sample_ddim` does).
@@ -104,9 +105,9 @@ def edit_h(
         raise BadSetting("an asymmetric edit needs a sampler that takes direction=..., such as sample_ddim")
     count = len(start if isinstance(start, Tensor) else start[0])
     scales = torch.as_tensor(scale, device=delta.device, dtype=delta.dtype)
-    for name, given in (("scale", scales.shape), ("delta", delta.shape if delta.ndim == 5 else ())):
-        if len(given) and given[0] != count:
-            raise BadData(f"{name} is for {given[0]} pictures, there are {count}")
+    for name, tensor, single in (("scale", scales, 0), ("delta", delta, 4)):
+        if tensor.ndim > single and len(tensor) != count:
+            raise BadData(f"{name} is for {len(tensor)} pictures, there are {count}")
     scales = scales.expand(count)
     pictures = []
     for x, noise, given, rows in _batches(start, cond, batch_size):
@@ -117,7 +118,7 @@ def edit_h(
         with _at_rest(unet):
             pictures.append(sampler(halves, x, **extra))
         if delta.ndim > 3 and len(halves.seen) != delta.shape[-4]:
-            raise BadSetting(f"the direction is for {delta.shape[-4]} steps, the sampler called the network {len(halves.seen)} times")
+            raise BadSetting(f"the direction is for {delta.shape[-4]} steps, the sampler took {len(halves.seen)}")
     return torch.cat(pictures)
 
 
@@ -131,8 +132,8 @@ def h_function(unet: Any, x: Tensor, t: Tensor, *, cond: Tensor | None = None) -
         cond: as for `record_h`.
 
     Returns:
-        f from `[B, C', h, w]` to `[B, C_out, H, W]`, skips and time embedding as at (x, t); and h `[B, C', h, w]`, so that f(h) is
-        what the network gives: what `sfumato.probes.jacobian_directions` takes.
+        f from `[B, C', h, w]` to `[B, C_out, H, W]`, skips and time embedding as at (x, t); and h `[B, C', h, w]`, so that f(h)
+        is what the network gives: the two that `sfumato.probes.jacobian_directions` takes.
     """
     with torch.no_grad():
         h, skips, temb = unet_encode(unet, x, t, cond=cond)
@@ -163,7 +164,7 @@ class _Halves:
         step, delta = len(self.seen) - 1, self.delta
         if delta.ndim > 3:
             if step >= delta.shape[-4]:
-                raise BadSetting(f"the direction is for {delta.shape[-4]} steps, the sampler calls the network more often")
+                raise BadSetting(f"the direction is for {delta.shape[-4]} steps, the sampler takes more")
             delta = delta[..., step, :, :, :]
         if delta.shape[-3:] != h.shape[1:]:
             raise BadData(f"the direction is {list(delta.shape[-3:])} a step, the bottleneck {list(h.shape[1:])}")

@@ -5,8 +5,8 @@
 
 The first gives one x_T and is close; the second gives x_T and the noise of every step, and draws the picture again exactly.
 
-Sources: Song, Meng, Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, section 4.3; Huberman-Spiegelglas, Kulikov, Michaeli,
-"An Edit Friendly DDPM Noise Space: Inversion and Manipulations", CVPR 2024.
+Sources: Song, Meng, Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, section 4.3; Huberman-Spiegelglas, Kulikov,
+Michaeli, "An Edit Friendly DDPM Noise Space: Inversion and Manipulations", CVPR 2024.
 
 >>> import torch
 >>> from sfumato.diffusion import Schedule, beta_schedule, ddpm_invert, sample_ddim
@@ -21,6 +21,7 @@ True
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def ddpm_invert(
     if predict != "x0":
         states[-1] = _undo(model, x0, times[-1], None, schedule, predict, FIXED_POINT)
     z = torch.zeros_like(noise)
-    for i, (t, following) in enumerate(zip(times, times[1:])):
+    for i, (t, following) in enumerate(pairwise(times)):
         out = model(states[i], torch.full((len(x0),), t, device=x0.device))
         guess, eps = (convert(out, states[i], t, schedule, source=predict, target=kind) for kind in ("x0", "eps"))
         mean, var = ddim_mean(guess, eps, t, following, schedule, eta=eta)
@@ -111,12 +112,10 @@ def ddpm_invert(
 
 
 FIXED_POINT = 8
-"""Iterations for the least noisy state: each shrinks the error about as sqrt(1 - abar), a hundredth at time 0 of DDPM's schedule."""
+"""Iterations for the least noisy state: each shrinks the error by about sqrt(1 - abar), a hundredth at time 0 of DDPM."""
 
 
-def _undo(
-    model: Model, x: Tensor, t: int, following: int | None, schedule: Schedule, predict: str, iterations: int
-) -> Tensor:
+def _undo(model: Model, x: Tensor, t: int, following: int | None, schedule: Schedule, predict: str, iterations: int) -> Tensor:
     """The x_t that a noiseless step from `t` takes to `x`, with ε̂ at the last guess of it (the first: `x` itself)."""
     signal = schedule.abar[t].sqrt().to(x.dtype)
     level = (1 - schedule.abar[t]).sqrt().to(x.dtype)

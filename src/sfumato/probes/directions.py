@@ -6,7 +6,8 @@
     projected:   n - Cᵀ (C Cᵀ)⁻¹ C n, which leaves the attributes C as they are
 
 Source: Haas, Huberman-Spiegelglas, Mulayoff, Graßhof, Brandt, Michaeli, "Discovering Interpretable Directions in the Semantic
-Latent Space of Diffusion Models", FG 2024, for the bottleneck of a U-Net (`sfumato.diffusion.record_h`); nothing here is bound to it.
+Latent Space of Diffusion Models", FG 2024, for the bottleneck of a U-Net (`sfumato.diffusion.record_h`); nothing here is bound
+to it.
 
 >>> import torch
 >>> from sfumato.probes import jacobian_directions, pca_directions, project_out

@@ -51,9 +51,7 @@ class StreamingPCA(nn.Module):
     mean: Tensor
     rows: Tensor
 
-    def __init__(
-        self, shape: Sequence[int], *, keep: int = 100, apart: bool = False, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, shape: Sequence[int], *, keep: int = 100, apart: bool = False, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if keep < 1:
             raise BadSetting(f"keep={keep} must be 1 or more")

@@ -1,6 +1,6 @@
 """Directions in the bottleneck of a trained diffusion model, and pictures moved along them.
 
-    x̂(s) = sampler(encode, h_t + s Δh_t, decode),    Δh: a principal component, a Jacobian's singular vector, a difference of means
+    h_t ← h_t + s Δh_t at every sampling step t,    Δh: a principal component, a singular vector, a difference of means
 
 The model stays as it was trained. Each step of `train` draws pictures, looks at their bottlenecks at all sampling steps and
 betters the principal components; labelled pictures are taken back to their noise, and give the mean bottleneck of every class.
@@ -21,7 +21,7 @@ torch.Size([2, 3, 1, 8, 8])
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ from sfumato.claim import Better, Figures, Lab, claim
 from sfumato.data.batch import Batch
 from sfumato.data.samples import digits
 from sfumato.diffusion import SamplerStep, ddim_invert, ddpm_invert, edit_h, h_function, record_h, sample_ddim
+from sfumato.diffusion.samplers import ddim_times
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.papers.diffusion.ddpm import DDPM
@@ -82,7 +83,7 @@ class HSpaceDirections(Method):
         c = self.config
         if c.ddpm is None:
             raise BadSetting(
-                "directions are found in a trained diffusion model: sfumato train h-space-directions --data WHERE --init runs/ddpm/RUN"
+                "directions are found in a trained model: sfumato train h-space-directions --data WHERE --init runs/ddpm/STAMP"
             )
         base = DDPM(DDPM.Config.model_validate(c.ddpm))
         self.base = base.requires_grad_(False)
@@ -211,9 +212,11 @@ class HSpaceDirections(Method):
             raise BadSetting(f"a mask is for kind jacobian only, not for {kind}: it says which pixels the Jacobian counts")
         if kind == "attribute":
             return self._between_classes(name)
-        found = int((self.stds.sum(1) > 0).sum()) if kind == "pca" else min(torch.Size(self.h_shape[1:]).numel(), self._pixels)
+        found = self.known if kind == "pca" else min(math.prod(self.h_shape[1:]), math.prod(self.base.shape))
+        if not found:
+            raise BadSetting("this run has found no directions yet: it was stopped before its first step")
         if not name.isdecimal() or int(name) >= found:
-            raise BadSetting(f"there is no direction {name!r} of kind {kind}: there are 0 to {found - 1}" if found else NONE_YET)
+            raise BadSetting(f"there is no direction {name!r} of kind {kind}: there are 0 to {found - 1}")
         if kind == "jacobian":
             return self._jacobian(int(name), start, mask)
         return self.vectors[int(name)].detach() * self.stds[int(name)].view(-1, 1, 1, 1)
@@ -234,25 +237,14 @@ class HSpaceDirections(Method):
         """σ u of each picture at one step, the same for all steps; signs agree with those of the first picture."""
         at = self.config.jacobian_step
         at = self.h_shape[0] // 2 if at is None else at
-        states: list[Tensor] = []
-
-        def watch(step: SamplerStep) -> None:
-            if step.step == at:
-                states.append(step.x_t)
-
-        times: list[Tensor] = []
-
-        def model(x: Tensor, t: Tensor) -> Tensor:
-            times.append(t)
-            return self._model(x, t)
-
-        self.sampler(model, start[0], noise=start[1], callback=watch)
+        seen: list[SamplerStep] = []
+        self.sampler(self._model, start[0], noise=start[1], callback=seen.append)
+        t = torch.tensor(ddim_times(self.base.schedule, self.h_shape[0])[at], device=self.device)
         found = []
-        for x in states[0].split(1):  # one Jacobian a picture
-            f, h = h_function(self.net, x, times[at][:1])
+        for x in seen[at].x_t.split(1):  # one Jacobian a picture
+            f, h = h_function(self.net, x, t)
             triplets = jacobian_directions(
-                f, h, index + 1, mask=mask, iters=self.config.jacobian_iterations,
-                generator=torch.Generator().manual_seed(0),
+                f, h, index + 1, mask=mask, iters=self.config.jacobian_iterations, generator=torch.Generator().manual_seed(0)
             )  # fmt: skip
             found.append(triplets.values[index] * triplets.right[index, 0])
         each = align_signs(torch.stack(found)[None])[0]
@@ -292,16 +284,21 @@ class HSpaceDirections(Method):
 
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """One picture along the first components, from -3 to 3 standard deviations."""
-        known = range(min(3, int((self.stds.sum(1) > 0).sum())))
         state = generator.get_state()
         rows = {}
-        for k in known:
+        for k in range(min(3, self.known)):
             rows[f"component {k}"] = self.edit(str(k), (-3.0, -1.5, 0.0, 1.5, 3.0), generator=generator.set_state(state))[0]
         return rows
 
     @property
-    def _pixels(self) -> int:
-        return torch.Size(self.base.shape).numel()
+    def known(self) -> int:
+        """Principal components found so far."""
+        return int((self.stds.sum(1) > 0).sum())
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the pictures it draws and edits."""
+        return self.base.shape
 
 
 KINDS = ("pca", "jacobian", "attribute")
@@ -310,9 +307,6 @@ CORRECTIONS = 3
 
 BATCH = 64
 """Pictures drawn at once while editing."""
-
-NONE_YET = "this run has found no directions yet: it was stopped before its first step"
-
 
 # The claims
 
@@ -331,7 +325,7 @@ class _Bench:
     """A model of digits, bottlenecks of new samples, other samples to edit."""
 
     def __init__(self, lab: Lab) -> None:
-        self.train, test = digits(seed=lab.seed)
+        self.train, _ = digits(seed=lab.seed)
         settings = DDPM.Config.small(channels=1, image_size=8, width=16, steps=lab.steps(800))
         ddpm = lab.fit(DDPM(settings), self.train, steps=lab.steps(800))
         self.net, self.generator = ddpm.average.module, lab.generator
@@ -399,9 +393,9 @@ def principal(lab: Lab) -> Figures:
     Better("logit shift", "difference of means", over="random directions", by=1.0),
     Better("logit shift", "negated difference", over="no edit", higher=False),
     seeds=range(100, 105),
-    note="A model of 8 x 8 digits, DDIM in 10 steps; the 40 samples with the highest and the lowest difference of two logits of a "
-    "small classifier, for three pairs of digits. A pair is won when the difference of the logits rises, by five times what random "
-    "directions change it at least, and falls with the negated direction. Beside them: the asymmetric edit, and the "
+    note="A model of 8 x 8 digits, DDIM in 10 steps; the 40 samples with the highest and the lowest difference of two logits of "
+    "a small classifier, for three pairs of digits. A pair is won when the difference of the logits rises, by five times what "
+    "random directions change it at least, and falls with the negated direction. Beside them: the asymmetric edit, and the "
     "difference of means of the noise that the same samples were drawn from.",
 )
 def supervised(lab: Lab) -> Figures:
