@@ -2,8 +2,8 @@
 
     A = [R; X - x̄; sqrt(n m / (n + m)) (x̄ - μ)],    A Aᵀ = W Λ Wᵀ,    R ← W_rᵀ A
 
-The rows of R are singular values times right vectors of what was seen, so only an (r + m) × (r + m) matrix is decomposed, however
-long a sample is. With n - 1 <= r the result is exact; else small components are lost as they come.
+The rows of R are singular values times right vectors of what was seen, so only an (r + m) × (r + m) matrix is decomposed,
+however long a sample is. With n - 1 <= r the result is exact; else small components are lost as they come.
 
 Sources: Ross, Lim, Lin, Yang, "Incremental Learning for Robust Visual Tracking", IJCV 2008; the Gram matrix: Sirovich 1987.
 
@@ -79,11 +79,14 @@ class StreamingPCA(nn.Module):
         n, m = self.count.to(x), len(samples)
         centre = x.mean(1)
         shift = (n * m / (n + m)).sqrt() * (centre - self.mean)
-        a = torch.cat([self.rows, x - centre[:, None], shift[:, None]], 1)
-        # the eigenvectors of the largest values come last; a zero row costs a zero value
-        chosen = torch.linalg.eigh(a @ a.mT).eigenvectors[..., -min(keep, a.shape[1]) :].flip(-1)
-        self.rows.zero_()
-        self.rows[:, : chosen.shape[-1]] = chosen.mT @ a
+        used = self.rows[:, : min(keep, int(self.count))]  # zero rows would only disturb the solver
+        a = torch.cat([used, x - centre[:, None], shift[:, None]], 1)
+        most = min(keep, a.shape[1])
+        wide = a.shape[1] <= length  # of the two squares the smaller
+        square = a @ a.mT if wide else a.mT @ a
+        precise = square if a.device.type == "mps" else square.double()
+        values, vectors = (part[..., -most:].flip(-1).to(a) for part in torch.linalg.eigh(precise))  # the largest come last
+        self.rows[:, :most] = vectors.mT @ a if wide else (vectors * values.clamp_min(0).sqrt()[..., None, :]).mT
         self.mean += (centre - self.mean) * (m / (n + m))
         self.count += m
 
