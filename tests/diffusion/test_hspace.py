@@ -3,7 +3,17 @@ from functools import partial
 import pytest
 import torch
 
-from sfumato.diffusion import Schedule, as_denoiser, beta_schedule, edit_h, edm_sigmas, h_function, record_h, sample_ddim, sample_heun
+from sfumato.diffusion import (
+    Schedule,
+    as_denoiser,
+    beta_schedule,
+    edit_h,
+    edm_sigmas,
+    h_function,
+    record_h,
+    sample_ddim,
+    sample_heun,
+)
 from sfumato.errors import BadData, BadSetting
 from sfumato.nn import small_unet, unet_decode, unet_encode
 

@@ -8,7 +8,7 @@ from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.method import Editor, capabilities
 from sfumato.papers.diffusion import h_space_directions
 from sfumato.papers.diffusion.ddpm import DDPM
-from sfumato.papers.diffusion.h_space_directions import HSpaceDirections, principal, supervised
+from sfumato.papers.diffusion.h_space_directions import HSpaceDirections, directions
 from sfumato.papers.restoration.cbsn import CBSN
 from sfumato.probes import pca_directions
 
@@ -156,24 +156,49 @@ def test_words_are_refused_in_one_line(ddpm, found):
         found.edit("0", [1.0], mask=torch.ones(1, 1, 8, 8))
 
 
-# The claims
+# The claim
 
 
-def test_the_claims_in_small(monkeypatch):
-    """A model that has hardly learned: digits are led towards their class already, and components change more than chance."""
-    for name, value in {"DRAWN": 120, "EXTREME": 15, "HELD_OUT": 20, "RANDOM": 2}.items():
-        monkeypatch.setattr(h_space_directions, name, value)
-    lab = Lab(0, budget=0.15)
-    bench = h_space_directions._Bench(lab)
-    monkeypatch.setattr(h_space_directions, "_Bench", lambda lab: bench)
-    figures = principal(lab)
-    assert figures.keys() == {"principal components", "random directions", "singular vectors"}
-    assert figures["principal components"]["pixel change"] > 1.5 * figures["random directions"]["pixel change"]
-    assert all(-1 <= f["consistency"] <= 1 for f in figures.values())
-    figures = supervised(lab)
-    assert figures["no edit"] == {"logit shift": 0.0, "pairs won": 0.0}
-    there, back = (figures[f"{arm}"]["logit shift"] for arm in ("difference of means", "negated difference"))
-    assert there > 0 > back
-    assert there > 2 * abs(figures["random directions"]["logit shift"])
-    assert 0 <= figures["difference of means"]["pairs won"] <= 3
+class _Linear(h_space_directions._Bench):
+    """A model whose bottleneck holds the pixels of its samples, which are digits: what an edit does is known."""
+
+    def __init__(self, lab):
+        super().__init__(Lab(lab.seed, budget=0.01))
+        self.samples, self.plain = (
+            2 * part.x[: len(x)] - 1 for part, x in zip(digits(), (self.samples, self.plain), strict=True)
+        )
+        self.hs = 0.01 * torch.randn(self.hs.shape, generator=_seeded())
+        self.hs[:, 0, :4] = self.samples.view(-1, 4, 4, 4)
+
+    def edited(self, delta, scale=1.0, *, asymmetric=False):
+        return self.plain + scale * (delta[0] if delta.ndim == 4 else delta)[:4].reshape(1, 8, 8)
+
+
+def _judged(figures):
+    return [condition.difference(figures) - condition.by for condition in directions.conditions]
+
+
+def test_the_claim_where_the_effect_of_an_edit_is_known(monkeypatch):
+    monkeypatch.setattr(h_space_directions, "_Bench", _Linear)
+    lab = Lab(0)
+    figures = directions(lab)
+    assert figures["difference of means"]["pairs won"] == 3
+    assert figures["principal components"]["consistency"] == pytest.approx(1, abs=1e-4)
+    assert all(gap >= 0 for gap in _judged(figures)[:4])
     assert set(lab.pictures) == {"first component", "4 from 3", "8 from 6", "1 from 0"}
+    monkeypatch.setattr(_Linear, "edited", lambda self, *_, **__: self.plain)
+    figures = directions(lab)
+    assert figures["difference of means"]["logit shift"] == figures["difference of means"]["pairs won"] == 0
+    assert all(gap <= 0 for gap in _judged(figures))
+
+
+def test_the_claim_in_small(monkeypatch):
+    """A model that has hardly learned: every arm is measured."""
+    for name, value in {"DRAWN": 40, "EXTREME": 8, "HELD_OUT": 6, "RANDOM": 2}.items():
+        monkeypatch.setattr(h_space_directions, name, value)
+    figures = directions(Lab(0, budget=0.01))
+    both = {"logit shift", "pixel change", "consistency"}
+    assert both < figures["random directions"].keys()
+    assert {"asymmetric", "difference in the noise", "no edit", "singular vectors"} < figures.keys()
+    assert figures["singular vectors"]["pixel change"] > figures["random directions"]["pixel change"] > 0
+    assert len(_judged(figures)) == 5

@@ -308,7 +308,7 @@ CORRECTIONS = 3
 BATCH = 64
 """Pictures drawn at once while editing."""
 
-# The claims
+# The claim
 
 
 PAIRS = ((4, 3), (8, 6), (1, 0))
@@ -328,7 +328,7 @@ class _Bench:
         self.train, _ = digits(seed=lab.seed)
         settings = DDPM.Config.small(channels=1, image_size=8, width=16, steps=lab.steps(800))
         ddpm = lab.fit(DDPM(settings), self.train, steps=lab.steps(800))
-        self.net, self.generator = ddpm.average.module, lab.generator
+        self.net, self.schedule, self.generator = ddpm.average.module, ddpm.schedule, lab.generator
         self.sampler = partial(sample_ddim, schedule=ddpm.schedule, steps=10)
         self.noise_of_samples = self.noise(DRAWN)
         self.samples, self.hs = record_h(self.net, self.sampler, self.noise_of_samples)
@@ -348,60 +348,32 @@ class _Bench:
 
 
 @claim(
-    "Principal components of the bottleneck of a diffusion model change samples more, and more alike, than random directions of "
-    "the same length",
-    Better("pixel change", "principal components", over="random directions", by=0.5),
-    Better("consistency", "principal components", over="random directions"),
-    seeds=range(100, 105),
-    note="A model of 8 x 8 digits, DDIM in 10 steps, moves of two standard deviations along each of the first three components. "
-    "Pixel change: Euclidean, pictures in [-1, 1]; consistency: mean cosine between the changes of two samples. Beside them, at "
-    "the same lengths: the first singular vectors of the Jacobians of three other samples.",
-)
-def principal(lab: Lab) -> Figures:
-    """Size and common direction of what an edit changes."""
-    bench = _Bench(lab)
-    found = pca_directions(bench.hs, 3)
-    moves = list(2 * found.scaled())
-    singular = []
-    for x, move in zip(bench.noise(3).split(1), moves, strict=True):
-        at: list[SamplerStep] = []
-        bench.sampler(lambda x, t: bench.net(x, t).sample, x, callback=at.append)
-        f, h = h_function(bench.net, at[5].x_t, torch.tensor(400))
-        u = jacobian_directions(f, h, 1, generator=bench.generator).right[0, 0]
-        singular.append(move.norm() * u / (u.norm() * len(move) ** 0.5))
-    arms = {
-        "principal components": moves,
-        "random directions": [r for move in moves for r in bench.random(move)],
-        "singular vectors": singular,
-    }
-    figures = {}
-    for arm, deltas in arms.items():
-        changes = torch.stack([bench.edited(delta) - bench.plain for delta in deltas]).flatten(2)
-        unit = F.normalize(changes, dim=-1)
-        others = HELD_OUT * (HELD_OUT - 1)
-        cosine = (unit.sum(1).square().sum(-1) - HELD_OUT) / others
-        figures[arm] = {"pixel change": float(changes.norm(dim=-1).mean()), "consistency": float(cosine.mean())}
-    columns = [bench.edited(move, s)[:4] for move in moves[:1] for s in (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)]
-    lab.picture("first component", torch.stack([*columns, bench.plain[:4]], 1).flatten(0, 1).add(1).div(2))
-    return figures
-
-
-@claim(
-    "A difference of mean bottlenecks moves samples towards a class; random directions of the same length do not, and the "
-    "negated one leads away",
+    "In the bottleneck of a diffusion model a difference of means moves samples towards a class, and principal components change "
+    "them more, and more alike; random directions of the same length do neither",
     Better("pairs won", "difference of means", over="no edit", by=2),
     Better("logit shift", "difference of means", over="random directions", by=1.0),
     Better("logit shift", "negated difference", over="no edit", higher=False),
+    Better("pixel change", "principal components", over="random directions", by=0.5),
+    Better("consistency", "principal components", over="random directions"),
     seeds=range(100, 105),
-    note="A model of 8 x 8 digits, DDIM in 10 steps; the 40 samples with the highest and the lowest difference of two logits of "
-    "a small classifier, for three pairs of digits. A pair is won when the difference of the logits rises, by five times what "
-    "random directions change it at least, and falls with the negated direction. Beside them: the asymmetric edit, and the "
-    "difference of means of the noise that the same samples were drawn from, added to the noise: with digits that small it leads "
-    "further than the bottleneck.",
+    note="A model of 8 x 8 digits, DDIM in 10 steps. Means: of the 40 samples with the highest and the lowest difference of two "
+    "logits of a small classifier, for three pairs of digits. A pair is won when the difference of the logits rises, by five "
+    "times what random directions change it at least, and falls with the negated direction. Components: moves of two standard "
+    "deviations along the first three; pixel change: Euclidean, pictures in [-1, 1]; consistency: mean cosine between the "
+    "changes of two samples. Beside them: the asymmetric edit; the difference of means of the noise that the same samples were "
+    "drawn from, added to the noise, which with digits so small leads further than the bottleneck; and the first singular "
+    "vectors of the Jacobians of three other samples, as long as the components.",
 )
-def supervised(lab: Lab) -> Figures:
-    """What a classifier sees of an edit."""
+def directions(lab: Lab) -> Figures:
+    """What a classifier sees of an edit, then size and common direction of what it changes."""
     bench = _Bench(lab)
+    figures = _attributes(bench, lab)
+    for arm, values in _components(bench, lab).items():
+        figures.setdefault(arm, {}).update(values)
+    return figures
+
+
+def _attributes(bench: _Bench, lab: Lab) -> Figures:
     judge = _classifier(bench.train, lab)
     scores, before = judge(bench.samples), judge(bench.plain)
     shifts: dict[str, list[float]] = {}
@@ -429,6 +401,33 @@ def supervised(lab: Lab) -> Figures:
     won = [there > 0 > back and there >= RATIO * abs(chance) for there, back, chance in trio]
     figures["difference of means"]["pairs won"] = float(sum(won))
     figures["no edit"] = {"logit shift": 0.0, "pairs won": 0.0}
+    return figures
+
+
+def _components(bench: _Bench, lab: Lab) -> Figures:
+    moves = list(2 * pca_directions(bench.hs, 3).scaled())
+    singular, middle = [], len(moves[0]) // 2
+    for x, move in zip(bench.noise(3).split(1), moves, strict=True):
+        seen: list[SamplerStep] = []
+        bench.sampler(lambda x, t: bench.net(x, t).sample, x, callback=seen.append)
+        f, h = h_function(
+            bench.net, seen[len(move) // 2].x_t, torch.tensor(ddim_times(bench.schedule, len(move))[len(move) // 2])
+        )
+        u = jacobian_directions(f, h, 1, generator=bench.generator).right[0, 0]
+        singular.append(move.norm() * u / len(move) ** 0.5)
+    arms = {
+        "principal components": moves,
+        "random directions": [r for move in moves for r in bench.random(move)],
+        "singular vectors": singular,
+    }
+    figures = {}
+    for arm, deltas in arms.items():
+        changes = torch.stack([bench.edited(delta) - bench.plain for delta in deltas]).flatten(2)
+        unit, n = F.normalize(changes, dim=-1), changes.shape[1]
+        cosine = (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))) / (n * (n - 1))
+        figures[arm] = {"pixel change": float(changes.norm(dim=-1).mean()), "consistency": float(cosine.mean())}
+    columns = [bench.edited(moves[0], s)[:4] for s in (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)]
+    lab.picture("first component", torch.stack(columns, 1).flatten(0, 1).add(1).div(2))
     return figures
 
 
