@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from sfumato.papers.diffusion import h_space_directions
 from sfumato.papers.diffusion.ddpm import DDPM
 from sfumato.papers.diffusion.h_space_directions import HSpaceDirections, directions
 from sfumato.papers.restoration.cbsn import CBSN
-from sfumato.probes import pca_directions
+from sfumato.probes import jacobian_directions, pca_directions
 
 
 def _seeded(seed=0):
@@ -164,9 +166,8 @@ class _Linear(h_space_directions._Bench):
 
     def __init__(self, lab):
         super().__init__(Lab(lab.seed, budget=0.01))
-        self.samples, self.plain = (
-            2 * part.x[: len(x)] - 1 for part, x in zip(digits(), (self.samples, self.plain), strict=True)
-        )
+        train, test = digits()
+        self.samples, self.plain = 2 * train.x[: len(self.samples)] - 1, 2 * test.x[: len(self.plain)] - 1
         self.hs = 0.01 * torch.randn(self.hs.shape, generator=_seeded())
         self.hs[:, 0, :4] = self.samples.view(-1, 4, 4, 4)
 
@@ -178,24 +179,31 @@ def _judged(figures):
     return [condition.difference(figures) - condition.by for condition in directions.conditions]
 
 
+@pytest.fixture
+def few(monkeypatch):
+    for name, value in {"DRAWN": 150, "EXTREME": 15, "HELD_OUT": 10, "RANDOM": 2}.items():
+        monkeypatch.setattr(h_space_directions, name, value)
+    monkeypatch.setattr(h_space_directions, "jacobian_directions", partial(jacobian_directions, iters=4))
+
+
+@pytest.mark.usefixtures("few")
 def test_the_claim_where_the_effect_of_an_edit_is_known(monkeypatch):
-    monkeypatch.setattr(h_space_directions, "_Bench", _Linear)
-    lab = Lab(0)
+    bench, lab = _Linear(Lab(0)), Lab(0)
+    monkeypatch.setattr(h_space_directions, "_Bench", lambda lab: bench)
     figures = directions(lab)
     assert figures["difference of means"]["pairs won"] == 3
     assert figures["principal components"]["consistency"] == pytest.approx(1, abs=1e-4)
     assert all(gap >= 0 for gap in _judged(figures)[:4])
     assert set(lab.pictures) == {"first component", "4 from 3", "8 from 6", "1 from 0"}
-    monkeypatch.setattr(_Linear, "edited", lambda self, *_, **__: self.plain)
+    monkeypatch.setattr(bench, "edited", lambda *_, **__: bench.plain)
     figures = directions(lab)
     assert figures["difference of means"]["logit shift"] == figures["difference of means"]["pairs won"] == 0
     assert all(gap <= 0 for gap in _judged(figures))
 
 
-def test_the_claim_in_small(monkeypatch):
+@pytest.mark.usefixtures("few")
+def test_the_claim_in_small():
     """A model that has hardly learned: every arm is measured."""
-    for name, value in {"DRAWN": 40, "EXTREME": 8, "HELD_OUT": 6, "RANDOM": 2}.items():
-        monkeypatch.setattr(h_space_directions, name, value)
     figures = directions(Lab(0, budget=0.01))
     both = {"logit shift", "pixel change", "consistency"}
     assert both < figures["random directions"].keys()

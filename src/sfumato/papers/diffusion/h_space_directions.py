@@ -410,9 +410,7 @@ def _components(bench: _Bench, lab: Lab) -> Figures:
     for x, move in zip(bench.noise(3).split(1), moves, strict=True):
         seen: list[SamplerStep] = []
         bench.sampler(lambda x, t: bench.net(x, t).sample, x, callback=seen.append)
-        f, h = h_function(
-            bench.net, seen[len(move) // 2].x_t, torch.tensor(ddim_times(bench.schedule, len(move))[len(move) // 2])
-        )
+        f, h = h_function(bench.net, seen[middle].x_t, torch.tensor(ddim_times(bench.schedule, len(move))[middle]))
         u = jacobian_directions(f, h, 1, generator=bench.generator).right[0, 0]
         singular.append(move.norm() * u / len(move) ** 0.5)
     arms = {
