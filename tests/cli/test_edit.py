@@ -118,9 +118,10 @@ def test_what_is_refused_in_one_line(sfumato, runs, tmp_path):
         assert match in lines[0], lines[0]
     assert "no picture" in sfumato("edit", found, "-o", "strip.txt").err
     assert "overwrite" in sfumato("edit", found, "--image", "black.png", "-o", "black.png").err
-    done = sfumato("train", "h-space-directions", "--data", "sample:digits", "--device", "cpu")
-    assert done.code == 2
-    assert "--init runs/ddpm/STAMP" in done.err
+    for words in ([], ["--set", "ddpm={channels: 1, image_size: 8, width: 8}"]):
+        done = sfumato("train", "h-space-directions", "--data", "sample:digits", "--device", "cpu", *words)
+        assert done.code == 2
+        assert "--init runs/ddpm/STAMP" in done.err
 
 
 def test_a_run_that_cannot_be_edited(sfumato, tmp_path):

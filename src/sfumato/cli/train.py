@@ -158,6 +158,8 @@ def resolved_line(config: dict[str, Any]) -> str:
         ]
     if config["minutes"]:
         parts += ["--minutes", str(config["minutes"])]
+    if config["init"]:
+        parts += ["--init", config["init"]]
     defaults = Options()
     for name, value in config["options"].items():
         if value != getattr(defaults, name):

@@ -82,10 +82,8 @@ class HSpaceDirections(Method):
         super().__init__(config)
         c = self.config
         if c.ddpm is None:
-            raise BadSetting(
-                "directions are found in a trained model: sfumato train h-space-directions --data WHERE --init runs/ddpm/STAMP"
-            )
-        base = DDPM(DDPM.Config.model_validate(c.ddpm))
+            raise BadSetting(NO_MODEL)
+        base, self.trained = DDPM(DDPM.Config.model_validate(c.ddpm)), False
         self.base = base.requires_grad_(False)
         steps = min(c.sample_steps, len(base.schedule))
         self.sampler = partial(sample_ddim, schedule=base.schedule, steps=steps, eta=c.eta, predict=base.config.predict)
@@ -107,7 +105,13 @@ class HSpaceDirections(Method):
             raise BadCheckpoint(f"directions are found in a ddpm run, not in one of {type(previous).__name__}")
         method = cls(type(config).model_validate({**config.model_dump(), "ddpm": base.config.model_dump(mode="json")}))
         method.base.load_state_dict(base.state_dict())
+        method.trained = True
         return method.to(base.device)
+
+    def adopt(self, open_model: Callable[[str], nn.Module]) -> None:
+        """Refuse a new model, whatever the settings say: it has learned nothing."""
+        if not self.trained:
+            raise BadSetting(NO_MODEL)
 
     @property
     def net(self) -> nn.Module:
@@ -140,7 +144,7 @@ class HSpaceDirections(Method):
         """The share of the variance of fresh pictures that the directions do not explain; 1 before there are any."""
         if len(self.class_counts) and batch.label is not None:
             _, hs = record_h(self.net, self.sampler, self.invert(batch.x, ctx.generator))
-            self._sums.index_add_(0, batch.label, hs)
+            self._sums.index_add_(0, batch.label, hs.to(self._sums))
             self._counts.index_add_(0, batch.label, torch.ones_like(batch.label, dtype=self._counts.dtype))
         groups = len(self.pca.mean)
         centred = self._fresh.reshape(len(self._fresh), groups, -1) - self.pca.mean
@@ -302,6 +306,7 @@ class HSpaceDirections(Method):
 
 
 KINDS = ("pca", "jacobian", "attribute")
+NO_MODEL = "directions are found in a trained model: sfumato train h-space-directions --data WHERE --init runs/ddpm/STAMP"
 CORRECTIONS = 3
 """Fixed-point iterations a step when a picture is taken back without noise."""
 
