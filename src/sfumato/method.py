@@ -29,7 +29,7 @@ Rules that make resume, accumulation and several processes exact, for every kind
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -43,9 +43,9 @@ from sfumato.data.batch import Batch, Facts
 from sfumato.errors import BadCheckpoint
 
 __all__ = [
-    "Batch", "Context", "Encoder", "Facts", "Loss", "LossFunction", "Method", "MethodConfig",
-    "ObjectPredictor", "Predictor", "Restorer", "Result", "Sampler", "Searcher", "Step", "TimmExportable", "TrajectorySampler",
-    "capabilities", "draws_points",
+    "Batch", "Context", "Editor", "Encoder", "Facts", "Loss", "LossFunction", "Method", "MethodConfig", "ObjectPredictor",
+    "Predictor", "Restorer", "Result", "Sampler", "Searcher", "Step", "TimmExportable", "TrajectorySampler", "capabilities",
+    "draws_points",
 ]  # fmt: skip
 
 
@@ -253,6 +253,29 @@ class TrajectorySampler(Protocol):
 
 
 @runtime_checkable
+class Editor(Protocol):
+    """Moves pictures `[B, C, H, W]` in [0, 1] (None: `n` new ones) along a direction: `[B, len(strengths), C, H, W]`.
+
+    `kind` says what sort of direction, `mask` (broadcastable to a picture) where it is to act, in methods that have several.
+    """
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]: ...
+
+    def edit(
+        self,
+        direction: str,
+        strengths: Sequence[float],
+        *,
+        kind: str = ...,
+        images: Tensor | None = None,
+        n: int = 1,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor: ...
+
+
+@runtime_checkable
 class Searcher(Protocol):
     """Improves designs `[N, D]` by what it has learned of their values: `steps` steps from `start`; None: as configured."""
 
@@ -278,6 +301,6 @@ def capabilities(method: Method) -> dict[str, type]:
     """What a method can do, by the verb a person would use; what it is there for comes first."""
     verbs = {
         "restore": Restorer, "search": Searcher, "predict": Predictor, "predict-objects": ObjectPredictor, "sample": Sampler,
-        "encode": Encoder,
+        "edit": Editor, "encode": Encoder,
     }  # fmt: skip
     return {verb: kind for verb, kind in verbs.items() if isinstance(method, kind)}

@@ -154,7 +154,6 @@ def train(
     runs: Runs = Path("runs"),
 ) -> None:
     """Train a method on your own data."""
-
     if resume is None and (slug is None or data is None):
         raise BadSetting("say what to train and on what: sfumato train SLUG --data WHERE (or --resume RUN)")
     if resume is not None and (slug, data, init, set_) != (None, None, None, None):
@@ -218,6 +217,34 @@ def sample(
     from sfumato.cli import sample as work
 
     work.sample(run, count, out, seed=seed, device=device, keep=keep, window=window)
+
+
+@app.command(
+    rich_help_panel=RUNNING,
+    epilog=examples(
+        "sfumato edit runs/ddpm/STAMP --direction 0 -n 4 -o strip.png  # four new pictures along the first component",
+        "sfumato edit runs/h-space-directions/STAMP --direction 2 --strength -4,0,4 --image photo.png -o strip.png",
+        "sfumato edit runs/ddpm/STAMP --kind jacobian --mask mouth.png --seed 3 -o strip.png",
+        "sfumato edit runs/h-space-directions/STAMP --kind attribute --direction smiling:neutral -o strip.png",
+    ),
+)
+def edit(
+    run: Annotated[Path, typer.Argument(help="A run of h-space-directions, or of ddpm: directions are found first.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A picture: a row a sample, a column a strength.")],
+    direction: Annotated[str, typer.Option("--direction", help="Number from 0; for attribute class A, or A:B (B to A).")] = "0",
+    strength: Annotated[str | None, typer.Option("--strength", help="Columns, such as -3,0,3 (default: by kind).")] = None,
+    kind: Annotated[str, typer.Option("--kind", help="pca, jacobian (of each picture) or attribute (of classes).")] = "pca",
+    image: Annotated[Path | None, typer.Option("--image", help="A picture to edit instead of new ones.")] = None,
+    mask: Annotated[Path | None, typer.Option("--mask", help="For jacobian: a picture, white where it is to change.")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", help="Rows: how many new pictures.")] = 1,
+    samples: Annotated[int, typer.Option("--samples", help="For a ddpm run: pictures to find components in.")] = 512,
+    seed: Annotated[int, typer.Option("--seed", help="Of the noise that pictures are drawn from.")] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Move pictures along a direction in the bottleneck of a trained diffusion model."""
+    from sfumato.cli import edit as work
+
+    work.edit(run, out, direction, strength, kind, image=image, mask=mask, count=count, samples=samples, seed=seed, device=device)
 
 
 @app.command(

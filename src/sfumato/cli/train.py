@@ -127,7 +127,10 @@ def work(run: Run, method: Method, images: Any, config: dict[str, Any], main: bo
         say(f"{name}: {value:.4g}")
     say(f"{run.path}  ({last['step']} steps, {last['seconds']:.0f} s)\nreport: {page}")
     drawn = "-n 1000 -o points.npz" if draws_points(method) else "-n 64 -o grid.png"
-    following = {"sample": f"sample {{}} {drawn}", "search": "apply {} designs.npz -o better.npz"}
+    following = {
+        "sample": f"sample {{}} {drawn}", "search": "apply {} designs.npz -o better.npz",
+        "edit": "edit {} --direction 0 --strength -3,0,3 -o strip.png",
+    }  # fmt: skip
     verb = next(iter(capabilities(method)), "")
     hint(f"next: sfumato {following.get(verb, 'apply {} PICTURE... -o OUT').format(run.path)}")
     return run.path
@@ -156,6 +159,8 @@ def resolved_line(config: dict[str, Any]) -> str:
         ]
     if config["minutes"]:
         parts += ["--minutes", str(config["minutes"])]
+    if config["init"]:
+        parts += ["--init", config["init"]]
     defaults = Options()
     for name, value in config["options"].items():
         if value != getattr(defaults, name):

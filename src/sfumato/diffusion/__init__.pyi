@@ -1,5 +1,10 @@
 from .blind_sampling import sample_blind as sample_blind
 from .finite import FiniteTrajectory as FiniteTrajectory
+from .hspace import edit_h as edit_h
+from .hspace import h_function as h_function
+from .hspace import record_h as record_h
+from .inversion import ddim_invert as ddim_invert
+from .inversion import ddpm_invert as ddpm_invert
 from .predictions import as_denoiser as as_denoiser
 from .predictions import convert as convert
 from .residual import ResidualObjective as ResidualObjective

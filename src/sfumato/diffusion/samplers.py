@@ -77,6 +77,7 @@ def sample_ddim(
     predict: str = "eps",
     clip: bool = False,
     variance: str = "small",
+    direction: Model | None = None,
     noise: Tensor | None = None,
     callback: Callback | None = None,
     generator: torch.Generator | None = None,
@@ -92,6 +93,8 @@ def sample_ddim(
         predict: what the model predicts.
         clip: clamp every x̂_0 to [-1, 1].
         variance: of the added noise, times eta²: "small" is the posterior's, "large" is 1 - abar_t / abar_p (DDPM's beta_t).
+        direction: called after the model, with the same; its ε̂ takes the place of the model's in the update, beside the model's
+            x̂_0 (asymmetric editing: Kwon, Jeong, Uh, "Diffusion Models Already Have a Semantic Latent Space", ICLR 2023).
         noise: `[steps, B, ...]`, the z of each step instead of drawing them.
         callback: told of every step before its update.
         generator: source of the draws.
@@ -105,27 +108,62 @@ def sample_ddim(
     """
     if variance not in ("small", "large"):
         raise BadSetting(f"there is no variance {variance!r}: use small (the posterior's) or large (beta_t)")
-    if not 1 <= steps <= len(schedule):
-        raise BadSetting(f"steps={steps} is not between 1 and the schedule's {len(schedule)}")
-    stride, watch = len(schedule) // steps, FiniteTrajectory(x, steps)
-    for i in range(steps):
-        t = (steps - 1 - i) * stride
-        times = torch.full((len(x),), t, device=x.device)
-        out = watch(i, model(x, times))
-        x0 = convert(out, x, t, schedule, source=predict, target="x0")
-        eps = convert(out, x, t, schedule, source=predict, target="eps")
-        if clip:
-            x0 = x0.clamp(-1, 1)
-            eps = convert(x0, x, t, schedule, source="x0", target="eps")
+    times, watch = ddim_times(schedule, steps), FiniteTrajectory(x, steps)
+    for i, t in enumerate(times):
+        here = torch.full((len(x),), t, device=x.device)
+        x0, eps = _guesses(watch(i, model(x, here)), x, t, schedule, predict, clip)
+        if direction is not None:
+            eps = _guesses(direction(x, here), x, t, schedule, predict, clip)[1]
         if callback is not None:
             callback(SamplerStep(i, x, x0, schedule.sigma[t]))
-        before = schedule.abar[t - stride] if t >= stride else schedule.abar.new_ones(())
-        large = eta**2 * (1 - schedule.abar[t] / before)
-        small = large * (1 - before) / (1 - schedule.abar[t])
-        x = before.sqrt().to(x.dtype) * x0 + (1 - before - small).clamp(min=0).sqrt().to(x.dtype) * eps
-        if eta and t >= stride:
-            x = x + (small if variance == "small" else large).sqrt().to(x.dtype) * draw_step(x, noise, i, generator)
+        following = times[i + 1] if i + 1 < steps else None
+        mean, small = ddim_mean(x0, eps, t, following, schedule, eta=eta)
+        if eta and following is not None:
+            var = small if variance == "small" else eta**2 * (1 - schedule.abar[t] / schedule.abar[following])
+            mean = mean + var.sqrt().to(x.dtype) * draw_step(x, noise, i, generator)
+        x = mean
     return watch.end(x)
+
+
+def ddim_times(schedule: Schedule, steps: int) -> list[int]:
+    """The times of DDIM's network calls, noisiest first, by leading spacing: (steps - 1) T // steps, ..., T // steps, 0.
+
+    Raises:
+        BadSetting: more steps than times, or none.
+    """
+    if not 1 <= steps <= len(schedule):
+        raise BadSetting(f"steps={steps} is not between 1 and the schedule's {len(schedule)}")
+    stride = len(schedule) // steps
+    return [stride * i for i in reversed(range(steps))]
+
+
+def ddim_mean(
+    x0: Tensor, eps: Tensor, t: int, following: int | None, schedule: Schedule, *, eta: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Where one step of DDIM leads before noise is added.
+
+    Args:
+        x0, eps: what the network guesses at time `t`, `[B, ...]`.
+        t: where the step begins.
+        following: the time that it leads to; None: the clean picture.
+        schedule: the tables.
+        eta: share of the ancestral noise, 0 (none) to 1.
+
+    Returns:
+        The mean like `x0`, and the posterior's variance times eta², a float64 scalar.
+    """
+    before = schedule.abar.new_ones(()) if following is None else schedule.abar[following]
+    var = eta**2 * (1 - schedule.abar[t] / before) * (1 - before) / (1 - schedule.abar[t])
+    return before.sqrt().to(x0.dtype) * x0 + (1 - before - var).clamp(min=0).sqrt().to(x0.dtype) * eps, var
+
+
+def _guesses(out: Tensor, x: Tensor, t: int, schedule: Schedule, predict: str, clip: bool) -> tuple[Tensor, Tensor]:
+    """x̂_0 and ε̂ from what the network gave."""
+    x0 = convert(out, x, t, schedule, source=predict, target="x0")
+    if clip:
+        x0 = x0.clamp(-1, 1)
+        return x0, convert(x0, x, t, schedule, source="x0", target="eps")
+    return x0, convert(out, x, t, schedule, source=predict, target="eps")
 
 
 def sample_euler(

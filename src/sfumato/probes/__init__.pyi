@@ -31,6 +31,13 @@ from .collapse import self_duality as self_duality
 from .count_sketch import CountSketch as CountSketch
 from .denoisers import blindness as blindness
 from .denoisers import noise_autocorrelation as noise_autocorrelation
+from .directions import Directions as Directions
+from .directions import JacobianDirections as JacobianDirections
+from .directions import align_signs as align_signs
+from .directions import attribute_direction as attribute_direction
+from .directions import jacobian_directions as jacobian_directions
+from .directions import pca_directions as pca_directions
+from .directions import project_out as project_out
 from .evaluation import TokenScores as TokenScores
 from .evaluation import extract_features as extract_features
 from .evaluation import finetune_probe as finetune_probe
@@ -100,3 +107,4 @@ from .random_matrix import spiked_wigner as spiked_wigner
 from .random_matrix import spiked_wishart as spiked_wishart
 from .stochastic_trace import Estimate as Estimate
 from .stochastic_trace import hutchinson as hutchinson
+from .streaming_pca import StreamingPCA as StreamingPCA
