@@ -1,4 +1,7 @@
 from .blind_sampling import sample_blind as sample_blind
+from .diffusion_prior import DiffusionPrior as DiffusionPrior
+from .posterior_sampling import SOLVERS as SOLVERS
+from .posterior_sampling import sample_posterior as sample_posterior
 from .predictions import as_denoiser as as_denoiser
 from .predictions import convert as convert
 from .residual import ResidualObjective as ResidualObjective
@@ -24,3 +27,5 @@ from .training import EDMPrecond as EDMPrecond
 from .training import denoising_loss as denoising_loss
 from .trajectory import X0Variance as X0Variance
 from .trajectory import filter_by_variance as filter_by_variance
+from .tweedie import posterior_cov_trace as posterior_cov_trace
+from .tweedie import posterior_mean as posterior_mean
