@@ -18,7 +18,7 @@ torch.Size([1, 1, 9, 7])
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class DiffusionPrior(nn.Module):
         channels: of the pictures.
     """
 
-    needs_physics = True
+    needs_physics: ClassVar[bool] = True
 
     def __init__(
         self,
