@@ -188,7 +188,7 @@ def apply(
     do: Annotated[str | None, typer.Option("--do", help="restore, encode or predict, where a run can do several.")] = None,
     physics: Annotated[
         str | None,
-        typer.Option("--physics", help="What degraded the pictures: blur, blur:2, inpaint:mask.png, sr4, noise:0.1, sr4+noise:0.05."),
+        typer.Option("--physics", help="What degraded them: blur, blur:2, inpaint:mask.png, sr4, noise:0.1, sr4+noise:0.05."),
     ] = None,
     set_: Annotated[
         list[str] | None,

@@ -1,9 +1,9 @@
 """`--physics`: what degraded a picture, in a word, as physics of deepinv.
 
-    blur, blur:SIGMA      Gaussian blur, deviation in pixels (2)
-    inpaint:MASK.png      white is what is missing
-    sr4                   made smaller by a factor (2 to 16), bicubic with antialiasing as Pillow does it
-    noise:SIGMA           Gaussian noise, deviation in [0, 1]; alone, or behind another: sr4+noise:0.05
+blur, blur:SIGMA      Gaussian blur, deviation in pixels (2)
+inpaint:MASK.png      white is what is missing
+sr4                   made smaller by a factor (2 to 16), bicubic with antialiasing as Pillow does it
+noise:SIGMA           Gaussian noise, deviation in [0, 1]; alone, or behind another: sr4+noise:0.05
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ def degradation(words: str, y: Tensor) -> Any:
         physics: Any = Denoising(noise)
     elif name == "blur":
         sigma = _number(words, value or "2", 0.1, 50)
-        kernel = gaussian_blur(sigma=(sigma, sigma))
-        physics = Blur(filter=kernel, padding="reflect" if kernel.shape[-1] // 2 < min(y.shape[-2:]) else "circular")
+        physics = Blur(filter=gaussian_blur(sigma=(sigma, sigma)), padding="replicate")
         physics.noise_model = noise
     elif name == "inpaint" and value:
         physics = _inpainting(Path(value), y, noise)
@@ -70,7 +69,8 @@ def _inpainting(path: Path, y: Tensor, noise: Any) -> Any:
         sides = (f"{s[1]}x{s[0]}" for s in (hidden.shape, y.shape[-2:]))
         raise BadData("the mask {} has {} pixels and the picture {}: resize one to the other".format(path, *sides))
     if hidden.all() or not hidden.any():
-        raise BadData(f"the mask {path} hides {'all' if hidden.all() else 'nothing'}: paint what is missing white, the rest black")
+        share = "all" if hidden.all() else "nothing"
+        raise BadData(f"the mask {path} hides {share}: paint what is missing white, the rest black")
     return Inpainting((1, *hidden.shape), mask=(~hidden).to(y.dtype)[None], noise_model=noise)
 
 

@@ -24,9 +24,7 @@ ON_THE_PAGE = 12
 """Pictures that the page shows at most."""
 
 
-def restore_told(
-    method: Any, pictures: Pictures, out: Path, run: Path, *, physics: str | None, settings: Sequence[str]
-) -> None:
+def restore_told(method: Any, pictures: Pictures, out: Path, run: Path, *, physics: str | None, settings: Sequence[str]) -> None:
     """Restored pictures under their own names, and a page that shows them beside what was given."""
     from sfumato.report import Page
 
@@ -35,7 +33,8 @@ def restore_told(
     chosen = _settings(settings)
     seed = chosen.pop("seed")
     given = " ".join(f"--set {shlex.quote(pair)}" for pair in settings)
-    page = Page("Before and after", subtitle=f"{physics}, by {chosen['solver']} in {chosen['steps']} steps", facts={"run": str(run)})
+    how = f"{physics}, by {chosen['solver']} in {chosen['steps']} steps"
+    page = Page("Before and after", subtitle=how, facts={"run": str(run)})
     padded = 0
     for path, name, picture in pictures:
         target = target_of(path, out / name)
@@ -55,7 +54,8 @@ def restore_told(
     pictures.tell_skipped()
     if padded:
         hint(f"{padded} of {pictures.done} pictures were padded to multiples of {method.stride} pixels, and cropped back")
-    page.section("Again").code(f"sfumato apply {shlex.quote(str(run))} PICTURE... --physics {shlex.quote(physics)} {given} -o OUT")
+    again = f"sfumato apply {shlex.quote(str(run))} PICTURE... --physics {shlex.quote(physics)} {given} -o OUT"
+    page.section("Again").code(" ".join(again.split()))
     say(f"before and after: {page.write(out / PAGE)}")
 
 

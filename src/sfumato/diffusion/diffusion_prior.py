@@ -2,9 +2,9 @@
 
 `DiffusionPrior` holds a network, its noise schedule and the codec between its latents and pictures in [0, 1]. It is made from a
 network of one's own, or opened from a pipeline of diffusers: a UNet2DModel in pixel space (DDPM), or a UNet2DModel or
-UNet2DConditionModel behind an AutoencoderKL (latent diffusion, Stable Diffusion without a text). What the sides lack to be halved as
-often as the network does is padded and left to the model: the physics sees the picture's own size. Large pictures go through the
-network in tiles, whose graphs are made again on the way back, so that one tile's memory is enough.
+UNet2DConditionModel behind an AutoencoderKL (latent diffusion, Stable Diffusion without a text). What the sides lack to be halved
+as often as the network does is padded and left to the model: the physics sees the picture's own size. Large pictures go through
+the network in tiles, whose graphs are made again on the way back, so that one tile's memory is enough.
 
 >>> import torch
 >>> from deepinv.physics import Denoising, GaussianNoise
@@ -61,7 +61,7 @@ class DiffusionPrior(nn.Module):
         channels: int | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.schedule, self.predict = model, schedule, predict
+        self.model, self.schedule, self.prediction = model, schedule, predict
         self.codec: Any = SignedCodec() if codec is None else codec
         self.stride, self.channels = stride, channels
 
@@ -94,7 +94,8 @@ class DiffusionPrior(nn.Module):
         if unet.config.in_channels != width or unet.config.get("addition_embed_type") is not None:
             raise BadCheckpoint("this U-Net wants more than a noisy picture, its time and one condition: give a plain one")
         if not hasattr(pipeline.scheduler, "betas"):
-            raise BadCheckpoint(f"{type(pipeline.scheduler).__name__} has no table of betas: give the scheduler it was trained with")
+            kind = type(pipeline.scheduler).__name__
+            raise BadCheckpoint(f"{kind} has no table of betas: give the scheduler that the network was trained with")
         stride = 2 ** (len(unet.config.block_out_channels) - 1)
         stride *= 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         net = _Conditioned(unet, _condition(pipeline, cond))
@@ -113,6 +114,7 @@ class DiffusionPrior(nn.Module):
         inner: int | None = None,
         eta: float = 1.0,
         lam: float = 0.02,
+        weighting: str = "variance",
         gamma: float = 0.1,
         ancestral: float = 1.0,
         project: bool | None = None,
@@ -136,7 +138,7 @@ class DiffusionPrior(nn.Module):
             Diverged: a trajectory is no longer finite.
         """
         if physics is None:
-            raise BadSetting("a diffusion model restores what it is told the degradation of: give a physics, such as deepinv's Blur")
+            raise BadSetting("a diffusion model must be told what degraded the pictures: give a physics, such as deepinv's Blur")
         if generator is None:
             generator = torch.Generator(self.device).manual_seed(0)
         linear = hasattr(physics, "A_adjoint")
@@ -144,9 +146,9 @@ class DiffusionPrior(nn.Module):
             size = (physics.A_adjoint(inputs) if linear else inputs).shape[-2:]
         restored = sample_posterior(
             self._tiled, inputs, physics, self.schedule, method=solver, codec=PaddedCodec(self.codec, size, self.stride),
-            steps=steps, inner=inner, eta=eta, lam=lam, gamma=gamma, sigma=noise_level(physics), ancestral=ancestral,
-            predict=self.predict, clip=isinstance(self.codec, SignedCodec), start=None if linear else inputs,
-            project=_exact_mask(physics) if project is None else project, generator=generator,
+            steps=steps, inner=inner, eta=eta, lam=lam, weighting=weighting, gamma=gamma, sigma=noise_level(physics),
+            ancestral=ancestral, predict=self.prediction, clip=isinstance(self.codec, SignedCodec),
+            start=None if linear else inputs, project=_exact_mask(physics) if project is None else project, generator=generator,
         )  # fmt: skip
         return restored.clamp(0, 1)
 

@@ -4,8 +4,8 @@
     T̂ = uᵀ (s(z_t + h u) - s(z_t)) / h  ≈  tr ∇² log p_t(z_t),    u ~ N(0, I)
 
 "dps" has the first term and follows its gradient once a step. "psld" adds the third: latents must be what the encoder makes of
-the decoded picture. "stsl" adds the second to the first: a small trace is a sure ẑ_0, which a first-order method ignores; it costs
-one score call more, and is followed several times a step:
+the decoded picture. "stsl" adds the second to the first: a small trace is a sure ẑ_0, which a first-order method ignores; it
+costs one score call more, and is followed several times a step:
 
     z <- z - ∇S(z)  (inner - 1 times, fresh u each),      z_p = DDIM step from the last ẑ_0 and score - ∇S(z)
 
@@ -30,7 +30,6 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,6 +59,7 @@ def sample_posterior(
     inner: int | None = None,
     eta: float = 1.0,
     lam: float = 0.02,
+    weighting: str = "constant",
     gamma: float = 0.1,
     sigma: float = 0.0,
     ancestral: float = 1.0,
@@ -87,6 +87,8 @@ def sample_posterior(
         inner: gradient steps at each level; None: 5 for stsl, else 1.
         eta: length of a gradient step, in latents over pictures: how strongly it is pulled to the measurement.
         lam: weight of the trace, for stsl; a few hundredths of `eta`, a large one harms.
+        weighting: of the trace over noise levels: "constant", or "variance", times 1 - abar, for networks, whose traces are
+            wild where there is little noise: what is made small is then sqrt(abar) tr ∂ẑ_0/∂z_t, which is at most n.
         gamma: weight of the encoder's term, for psld.
         sigma: standard deviation of the measurement's noise, in its units; 0: explain all of it.
         ancestral: share of the fresh noise in a step, 0 (DDIM) to 1 (DDPM).
@@ -108,6 +110,8 @@ def sample_posterior(
         Diverged: a trajectory is no longer finite; the message names the step.
     """
     inner = (5 if method == "stsl" else 1) if inner is None else inner
+    if weighting not in ("constant", "variance"):
+        raise BadSetting(f"there is no weighting {weighting!r}: use constant or variance")
     _check(method, steps, inner, ancestral, len(schedule), eta=eta, lam=lam, gamma=gamma, sigma=sigma)
     transposed = start is None or method == "psld" or project
     if transposed and not hasattr(physics, "A_adjoint"):
@@ -130,7 +134,8 @@ def sample_posterior(
             loss = eta * (_norms(residual) - sigma * residual.shape[1] ** 0.5).clamp(min=0)
             if method == "stsl" and lam:
                 step = 0.05 * (1 - float(schedule.abar[t])) ** 0.5 + 1e-3 if h is None else h
-                loss = loss + lam * predicted.trace(trace, step, generator)
+                weight = lam * (1 - float(schedule.abar[t])) if weighting == "variance" else lam
+                loss = loss + weight * predicted.trace(trace, step, generator)
             if method == "psld":
                 glued = codec.encode(back + pictures - physics.A_adjoint(physics.A(pictures)))
                 loss = loss + gamma * _norms(glued - predicted.x0)
