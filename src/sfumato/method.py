@@ -136,6 +136,8 @@ class Method(nn.Module):
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     needs: ClassVar[tuple[str, ...]] = ("x",)
     """The `Batch` fields that the losses read (`"x"`, `"label"`, `"target"`)."""
+    needs_physics: ClassVar[bool] = False
+    """Whether `restore` must be told what degraded the pictures, as nothing was learned of it."""
 
     def __init__(self, config: Any = None) -> None:
         super().__init__()
@@ -303,4 +305,7 @@ def capabilities(method: Method) -> dict[str, type]:
         "restore": Restorer, "search": Searcher, "predict": Predictor, "predict-objects": ObjectPredictor, "sample": Sampler,
         "edit": Editor, "encode": Encoder,
     }  # fmt: skip
-    return {verb: kind for verb, kind in verbs.items() if isinstance(method, kind)}
+    able = {verb: kind for verb, kind in verbs.items() if isinstance(method, kind)}
+    if "restore" in able and method.needs_physics:
+        able["restore"] = able.pop("restore")  # what it can do besides
+    return able

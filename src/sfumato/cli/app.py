@@ -176,19 +176,29 @@ def train(
         "sfumato apply runs/cbsn/STAMP noisy1.png noisy2.jpg -o out/  # restored pictures under their own names",
         "sfumato apply runs/colormae/STAMP my_photos/ -o embeddings.npz",
         "sfumato apply runs/classifier/STAMP new/ -o predictions.csv",
+        "sfumato apply runs/ddpm/STAMP photo.png --physics sr4 --set solver=stsl -o out/  # and a before/after page",
+        "sfumato apply diffusers:my_pipeline/ photo.png --physics inpaint:mask.png -o out/  # white is what is missing",
     ),
 )
 def apply(
-    run: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
+    run: Annotated[Path, typer.Argument(help="A run folder or a checkpoint, or diffusers:NAME, a pipeline.")],
     inputs: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder (or a .npz, .csv file).")],
     do: Annotated[str | None, typer.Option("--do", help="restore, encode or predict, where a run can do several.")] = None,
+    physics: Annotated[
+        str | None,
+        typer.Option("--physics", help="What degraded them: blur, blur:2, inpaint:mask.png, sr4, noise:0.1, sr4+noise:0.05."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="With --physics: solver=stsl|psld|dps, steps, inner, eta, lam, seed, ...; may be repeated."),
+    ] = None,
     device: Device = "cpu",
 ) -> None:
     """Use a trained run: restore, encode or predict."""
     from sfumato.cli import apply as work
 
-    work.apply(run, inputs, out, verb=do, device=device)
+    work.apply(run, inputs, out, verb=do, device=device, physics=physics, settings=set_ or [])
 
 
 @app.command(

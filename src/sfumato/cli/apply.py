@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,22 @@ from sfumato.errors import BadData, BadSetting
 from sfumato.method import Method, capabilities
 
 
-def apply(run: Path, inputs: list[Path], out: Path, *, verb: str | None, device: str) -> None:
+def apply(
+    run: Path, inputs: list[Path], out: Path, *, verb: str | None, device: str, physics: str | None = None,
+    settings: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Read pictures, do what the run can do, write the results under `out`."""
-    method = load(run, device=device)
+    method = open_run(run, device)
     can = capabilities(method)
     wanted = BY_SUFFIX.get(out.suffix)
-    verb = verb or (wanted if wanted in can else next(iter(can), None))
+    applicable = [v for v in can if v in APPLICABLE or v in WITHOUT_PICTURES]
+    verb = verb or (wanted if wanted in can else next(iter(applicable), next(iter(can), None)))
+    if verb == "restore" and "restore" in can and method.needs_physics:
+        from sfumato.cli.restoration import restore_told
+
+        return restore_told(method, Pictures(inputs), out, run, physics=physics, settings=settings)
+    if physics is not None or settings:
+        raise BadSetting(f"--physics and --set belong to runs that restore by what they are told, such as ddpm; {run} does not")
     if verb in WITHOUT_PICTURES and verb in can:
         return WITHOUT_PICTURES[verb](method, inputs, out)
     if verb not in APPLICABLE or verb not in can:
@@ -32,10 +42,16 @@ def apply(run: Path, inputs: list[Path], out: Path, *, verb: str | None, device:
     pictures = Pictures(inputs)
     with torch.inference_mode():
         APPLICABLE[verb](method, pictures, out, run)
-    for _, reason in pictures.skipped:
-        hint(f"skipped {reason}")
-    if not pictures.done:
-        raise BadData(f"none of the {len(pictures.skipped)} files could be read as a picture")
+    pictures.tell_skipped()
+
+
+def open_run(run: Path, device: str) -> Any:
+    """A trained method, or what `diffusers:NAME` names: a pipeline of a person's own, or of the hub."""
+    if not str(run).startswith("diffusers:"):
+        return load(run, device=device)
+    from sfumato.diffusion import DiffusionPrior
+
+    return DiffusionPrior.open(str(run).removeprefix("diffusers:")).to(device)
 
 
 class Pictures:
@@ -59,6 +75,13 @@ class Pictures:
                 continue
             self.done += 1
             yield path, name, picture
+
+    def tell_skipped(self) -> None:
+        """Say what could not be read; refuse where that was everything."""
+        for _, reason in self.skipped:
+            hint(f"skipped {reason}")
+        if not self.done:
+            raise BadData(f"none of the {len(self.skipped)} files could be read as a picture")
 
 
 def expand(inputs: list[Path]) -> Iterator[tuple[Path, Path]]:
@@ -84,16 +107,21 @@ def expand(inputs: list[Path]) -> Iterator[tuple[Path, Path]]:
 def restore(method: Any, pictures: Pictures, out: Path, run: Path) -> None:
     """Restored pictures under their own names."""
     for path, name, picture in pictures:
-        target = out / name
-        if target.suffix.lower() not in WRITABLE_SUFFIXES:
-            target = target.with_suffix(".png")
-        if target.resolve() == path.resolve():
-            raise BadSetting(f"{target} would overwrite its own input; give another folder with -o")
+        target = target_of(path, out / name)
         x = picture.float()[None].to(method.device)
         restored = with_channels(method.restore, x, channels_of(method))
         target.parent.mkdir(parents=True, exist_ok=True)
         write_image(target, restored[0].cpu(), like=picture)
         say(str(target))
+
+
+def target_of(path: Path, target: Path) -> Path:
+    """Where a restored picture goes: a kind of file that can be written, and not its own input."""
+    if target.suffix.lower() not in WRITABLE_SUFFIXES:
+        target = target.with_suffix(".png")
+    if target.resolve() == path.resolve():
+        raise BadSetting(f"{target} would overwrite its own input; give another folder with -o")
+    return target
 
 
 def encode(method: Any, pictures: Pictures, out: Path, run: Path) -> None:
@@ -196,7 +224,7 @@ def _each(method: Any, fn: Callable[[Tensor], Tensor], pictures: Pictures) -> tu
 
 def channels_of(method: Any) -> int:
     """Channels that a method was trained with."""
-    return getattr(method.config, "channels", None) or 3
+    return getattr(getattr(method, "config", method), "channels", None) or 3
 
 
 def with_channels(fn: Callable[[Tensor], Tensor], x: Tensor, channels: int) -> Tensor:

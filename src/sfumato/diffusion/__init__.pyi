@@ -5,6 +5,9 @@ from .hspace import h_function as h_function
 from .hspace import record_h as record_h
 from .inversion import ddim_invert as ddim_invert
 from .inversion import ddpm_invert as ddpm_invert
+from .diffusion_prior import DiffusionPrior as DiffusionPrior
+from .posterior_sampling import SOLVERS as SOLVERS
+from .posterior_sampling import sample_posterior as sample_posterior
 from .predictions import as_denoiser as as_denoiser
 from .predictions import convert as convert
 from .residual import ResidualObjective as ResidualObjective
@@ -34,3 +37,5 @@ from .trajectory import filter_by_variance as filter_by_variance
 from .trajectory import last_steps as last_steps
 from .trajectory import parse_window as parse_window
 from .trajectory import sample_filtered as sample_filtered
+from .tweedie import posterior_cov_trace as posterior_cov_trace
+from .tweedie import posterior_mean as posterior_mean

@@ -25,7 +25,9 @@ from .holes import Holes as Holes
 from .latent_codec import DiffusersVAE as DiffusersVAE
 from .latent_codec import IdentityCodec as IdentityCodec
 from .latent_codec import LatentCodec as LatentCodec
+from .latent_codec import PaddedCodec as PaddedCodec
 from .latent_codec import PatchPCA as PatchPCA
+from .latent_codec import SignedCodec as SignedCodec
 from .linear_models import LinearisedModel as LinearisedModel
 from .linear_models import ScaledOutput as ScaledOutput
 from .linear_models import linearise as linearise

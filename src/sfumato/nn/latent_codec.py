@@ -1,9 +1,9 @@
-"""From pictures to latents and back: what latent methods need of an auto-encoder, and three of them.
+"""From pictures to latents and back: what latent methods need of an auto-encoder, and some of them.
 
     PatchPCA:  z = U (p - m),   p̂ = m + Uᵀ z       of every patch p; U: the directions of largest variance, orthonormal
 
-`IdentityCodec` is pixel space; `PatchPCA` fits on the user's pictures in a second; `DiffusersVAE` is latent diffusion's
-auto-encoder, from weights that the user has.
+`IdentityCodec` is pixel space, `SignedCodec` the same in [-1, 1]; `PatchPCA` fits on the user's pictures in a second;
+`DiffusersVAE` is latent diffusion's auto-encoder, from weights that the user has; `PaddedCodec` makes any size fit.
 
 Sources: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022 (VAE); Pearson 1901 (PCA);
 Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance" (batch by batch).
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
+from sfumato.nn.padding import pad_to_multiple
 from sfumato.nn.patches import patchify, unpatchify
 
 
@@ -51,6 +52,40 @@ class IdentityCodec(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """`z`."""
         return z
+
+
+class SignedCodec(nn.Module):
+    """Latents are the pictures in [-1, 1], as diffusion in pixel space has them."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """`2 x - 1`."""
+        return 2 * x - 1
+
+    def decode(self, z: Tensor) -> Tensor:
+        """`(z + 1) / 2`."""
+        return (z + 1) / 2
+
+
+class PaddedCodec(nn.Module):
+    """A codec for pictures of one size that it does not take itself: mirrored on the right and below, and cropped again.
+
+    Args:
+        codec: for pictures whose sides are multiples of `multiple`.
+        size: height and width of the pictures.
+        multiple: pixels.
+    """
+
+    def __init__(self, codec: LatentCodec, size: tuple[int, int], multiple: int) -> None:
+        super().__init__()
+        self.codec, self.size, self.multiple = codec, size, multiple
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents of the padded pictures."""
+        return self.codec.encode(pad_to_multiple(x, self.multiple)[0])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures of the given size."""
+        return self.codec.decode(z)[..., : self.size[0], : self.size[1]]
 
 
 class PatchPCA(nn.Module):

@@ -2,7 +2,8 @@
 
     L = mean |f(x_t, t) - eps|²,    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,    t ~ U{0, ..., T - 1}
 
-on pictures in [-1, 1]. Samples are drawn with the moving average of the weights, by DDIM (or DDPM: eta = 1, all times).
+on pictures in [-1, 1]. Samples are drawn with the moving average of the weights, by DDIM (or DDPM: eta = 1, all times). Told how
+pictures were degraded it restores them too (`sfumato.diffusion.sample_posterior`), though it has never seen a degraded one.
 
 Source: Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020 (arXiv 2006.11239).
 
@@ -15,7 +16,7 @@ torch.Size([3, 1, 8, 8])
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,7 +24,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from sfumato.data.batch import Batch, Facts
-from sfumato.diffusion import Schedule, beta_schedule, denoising_loss, sample_ddim, uniform_t
+from sfumato.diffusion import DiffusionPrior, Schedule, beta_schedule, denoising_loss, sample_ddim, uniform_t
 from sfumato.diffusion.samplers import Callback
 from sfumato.errors import BadData
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
@@ -32,7 +33,9 @@ from sfumato.optim import EMA
 
 
 class DDPM(Method):
-    """Ho et al. 2020. Trains on pictures of one size, draws new ones."""
+    """Ho et al. 2020. Trains on pictures of one size, draws new ones, restores pictures of any size."""
+
+    needs_physics: ClassVar[bool] = True
 
     class Config(MethodConfig):
         """Defaults: the paper's, for CIFAR-10."""
@@ -130,6 +133,26 @@ class DDPM(Method):
             predict=c.predict, clip=True, callback=callback, generator=generator,
         )  # fmt: skip
         return (drawn + 1).div(2).clamp(0, 1)
+
+    @property
+    def stride(self) -> int:
+        """Sides that the network takes are multiples of this, in pixels."""
+        return int(2 ** (len(self.config.mults) - 1))
+
+    def restore(self, inputs: Tensor, physics: Any = None, **settings: Any) -> Tensor:
+        """Pictures that explain degraded ones, any height and width.
+
+        Args:
+            inputs: measurements, as the physics makes them of pictures in [0, 1].
+            physics: of deepinv: what degraded them.
+            **settings: of `sfumato.diffusion.DiffusionPrior.restore`: solver, steps, inner, eta, lam, ..., generator.
+
+        Returns:
+            `[B, C, H, W]` in [0, 1].
+        """
+        c = self.config
+        prior = DiffusionPrior(self.average, self.schedule, predict=c.predict, stride=self.stride, channels=self.shape[0])
+        return prior.restore(inputs, physics, **settings)
 
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures of the data, and as many new ones."""
