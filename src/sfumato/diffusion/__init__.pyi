@@ -1,4 +1,5 @@
 from .blind_sampling import sample_blind as sample_blind
+from .memoriser import memoriser as memoriser
 from .predictions import as_denoiser as as_denoiser
 from .predictions import convert as convert
 from .residual import ResidualObjective as ResidualObjective
