@@ -43,7 +43,7 @@ from sfumato.data.batch import Batch, Facts
 from sfumato.errors import BadCheckpoint
 
 __all__ = [
-    "Batch", "Context", "Encoder", "Facts", "Loss", "LossFunction", "Method", "MethodConfig",
+    "Batch", "Context", "Denoiser", "Encoder", "Facts", "Loss", "LossFunction", "Method", "MethodConfig",
     "ObjectPredictor", "Predictor", "Restorer", "Result", "Sampler", "Searcher", "Step", "TimmExportable", "capabilities",
 ]  # fmt: skip
 
@@ -206,6 +206,16 @@ class Restorer(Protocol):
     """Turns degraded images into clean ones, `[B, C, H, W]` in [0, 1], any height and width."""
 
     def restore(self, inputs: Tensor, physics: Any = None) -> Tensor: ...
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """Gives the clean picture x of `y = x + sigma z`, `[B, C, H, W]`, x in [0, 1]; differentiable in y, and not clamped.
+
+    No verb of a command, but what probes ask for; a blind one does not look at `sigma`.
+    """
+
+    def denoise(self, y: Tensor, sigma: float) -> Tensor: ...
 
 
 @runtime_checkable

@@ -26,6 +26,7 @@ KINDS = {
     "learning-rate": "how large a learning rate is stable, by batch size, and how to move a tuned one to another batch",
     "alignment": "whether kernels point along the targets, and how far they moved while a run was trained: lazy or rich",
     "information": "what each layer tells about its input and about the class: the information plane",
+    "harmonic": "in which patterns a denoiser shrinks a picture, and whether it is a shrinkage at all",
     "precision": "whether rounding ends a classifier's learning: collapsed softmax, gradients along the weights",
 }
 """Every kind, and what it tells. The module is called like the kind, with `_` for `-`."""
@@ -55,12 +56,14 @@ class Kind:
         measure: `(*subjects, settings, plan, progress, generator) -> Findings`: reads data by `progress.over(subject.batches)`,
             and gives what it has when it is stopped.
         models: how many models it takes, 1 or 2.
+        loss: of a plain module where the person names none; None: by the data.
     """
 
     settings: type[Setup]
     plan: Callable[..., Plan]
     measure: Callable[..., Findings]
     models: int = 1
+    loss: str | None = None
 
 
 def load_kind(name: str) -> Kind:

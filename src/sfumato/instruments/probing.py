@@ -51,7 +51,9 @@ class Probe:
         files += [None] * (len(models) - len(files))
         started = time.monotonic()
         self.subjects: list[Subject] = [
-            prepare_subject(one, data, self.settings, loss=loss, weights=file, device=device, seed=seed, draw=i)
+            prepare_subject(
+                one, data, self.settings, loss=loss, usual_loss=self.kind.loss, weights=file, device=device, seed=seed, draw=i
+            )
             for i, (one, file) in enumerate(zip(models, files, strict=True))
         ]
         self.plan: Plan = self.kind.plan(*self.subjects, self.settings, minutes)
@@ -98,7 +100,7 @@ def probe(
         model: a module, `timm:NAME`, `module:factory`, or a run folder.
         data: a place or images as `open_data` takes them, or pairs (inputs, targets) as the model takes them.
         other: the second model, where the kind compares two.
-        loss: `cross_entropy`, `mse`, `module:function`, or a function `(outputs, targets) -> mean`; None: by the data, or a run's
+        loss: `cross_entropy`, `mse`, `reconstruction`, `module:function`, or a function `(outputs, targets) -> mean`; None: by the data, or a run's
             own.
         minutes: time to stay within, about; None: as long as it takes.
         weights: a file, or one for each model.

@@ -334,11 +334,11 @@ class InputJacobianOperator(_Differentiating):
         return nullcontext()
 
     def _product(self, v: Tensor) -> Tensor:
-        with self._at_rest(), exact_arithmetic(self.device.type):
+        with self._at_rest(), exact_arithmetic(self.device.type), torch.no_grad():
             return self._push(self._at, {"x": self.x}, v.T).T
 
     def _transposed_product(self, u: Tensor) -> Tensor:
-        with self._at_rest(), exact_arithmetic(self.device.type):
+        with self._at_rest(), exact_arithmetic(self.device.type), torch.no_grad():
             return self._pull(self._at, {"x": self.x}, u.T).T
 
     def _at(self, point: Point) -> Tensor:
