@@ -45,7 +45,7 @@ WRITTEN_OUT = 1024
 """Numbers of a picture up to which all of J is computed."""
 SIDE = 64
 """Pixels a side that larger pictures are brought to, where neither the model nor the person says."""
-BLOCK, PROBES, LONGEST = 8, 32, 2000
+BLOCK, PROBES, LONGEST = 4, 32, 2000
 """Products at once, random signs for trace and asymmetry, and the most products of a picture."""
 SHOWN, PATTERNS = 3, 12
 """Pictures and patterns that the page shows."""
@@ -104,8 +104,8 @@ def _usual_products(vectors: int) -> int:
 def choose(limit: float | None, product: float, n: int) -> tuple[int, int]:
     """How many eigenvectors for a time, and the products with J and Jᵀ that they take as a rule.
 
-    >>> choose(None, 1.0, 5000), choose(600, 1.0, 5000), choose(120, 1.0, 5000), choose(1, 1.0, 5000), choose(None, 1.0, 9)
-    ((16, 160), (16, 160), (8, 112), (4, 88), (9, 118))
+    >>> choose(None, 1, 5000), choose(600, 1, 5000), choose(120, 1, 5000), choose(1, 1, 5000), choose(None, 1, 9)
+    ((16, 144), (16, 144), (8, 96), (4, 72), (9, 102))
     """
     options = [(min(k, n), _usual_products(min(k, n))) for k in VECTORS]
     return next((o for o in options if limit is None or o[1] * product <= limit), options[-1])

@@ -114,7 +114,7 @@ def denoiser_basis(
     k: int | None = None,
     *,
     method: Literal["auto", "dense", "lanczos"] = "auto",
-    block: int = 8,
+    block: int = 2,
     probes: int = 32,
     tol: float = 1e-6,
     max_iter: int = 1000,
@@ -152,7 +152,8 @@ def denoiser_basis(
     if jacobian.shape[0] != n:
         raise BadData(f"a denoiser gives pictures of the shape it takes; this one makes {jacobian.shape[0]} numbers of {n}")
     if method == "dense" or k is None:
-        j = jacobian.T.dense().T  # by rows: backward passes are the cheaper ones
+        with jacobian.held():
+            j = jacobian.T.dense().T  # by rows: backward passes are the cheaper ones
         symmetric = (j + j.T) / 2
         values, vectors = (t.flip(-1)[..., :k] for t in torch.linalg.eigh(symmetric))
         residuals = (symmetric @ vectors - vectors * values).norm(dim=0)

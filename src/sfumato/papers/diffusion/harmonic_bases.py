@@ -227,7 +227,7 @@ class BlindDenoiser(Method):
 
 # ---- the claim
 
-_TINY: dict[str, Any] = {"channels": 1, "image_size": 16, "width": 16, "levels": 2, "batch_size": 32, "lr": 2e-3}
+_TINY: dict[str, Any] = {"channels": 1, "image_size": 16, "width": 16, "levels": 2, "batch_size": 64, "lr": 2e-3}
 FEW, MANY, SIGMA = "4 pictures", "4,000 pictures", 0.3
 
 
@@ -241,8 +241,8 @@ FEW, MANY, SIGMA = "4 pictures", "4,000 pictures", 0.3
     Holds("f(c y) = c f(y) to 1e-4", lambda f: max(f[arm]["homogeneity error"] for arm in (FEW, MANY)) < 1e-4),
     Holds("with 4,000 pictures the symmetric part holds 90 % of the Jacobian", lambda f: f[MANY]["symmetric share"] >= 0.9),
     seeds=range(100, 105),
-    note="Pictures of 16 x 16 pixels with a smooth contour between two smooth regions (C², a formula), U-Nets of width 16, 700 steps "
-    "of 32 pictures; noise 0.3. Both networks of a pair start from other weights, and see the same noise in the same order. The "
+    note="Pictures of 16 x 16 pixels with a smooth contour between two smooth regions (C², a formula), U-Nets of width 16, 550 "
+    "steps of 64 pictures; noise 0.3. Both networks of a pair start from other weights, and see the same noise in the same order. The "
     "limit of the gap is 0.3 dB. Pictures this small resemble each other, so the correlation with the closest of 4,000 stays high "
     "without copying.",
 )
@@ -257,7 +257,8 @@ def one_function(lab: Lab) -> Figures:
         for i, own in enumerate(train):
             torch.manual_seed(2 * lab.seed + i)
             config = BlindDenoiser.Config.small(**_TINY, sample_steps=lab.steps(250))
-            pair.append(lab.fit(BlindDenoiser(config), own, steps=lab.steps(700)))
+            method = BlindDenoiser(config).to(memory_format=torch.channels_last)  # faster convolutions on a CPU
+            pair.append(lab.fit(method, own, steps=lab.steps(550)))
         figures[arm] = _compared(lab, arm, pair, train, test)
     return figures
 
@@ -276,7 +277,7 @@ def _compared(lab: Lab, arm: str, pair: list[BlindDenoiser], train: tuple[Tensor
         clean = a(y)
         homogeneity = (a(3 * y) - 3 * clean).norm() / (3 * clean).norm()
         copied = (clean - memoriser(train[0])(y, SIGMA)).square().mean() / (clean - test).square().mean()
-    bases = [denoiser_basis(a, one) for one in y[:4].split(1)]
+    bases = [denoiser_basis(a, one) for one in y[: lab.steps(4)].split(1)]
     patterns = bases[0].vectors[:8]
     lab.picture(f"{arm}: drawn by A, by B, eigenvectors of A", torch.cat([*found.drawn[:, :8], _grey(patterns)]))
     lab.curve(arm, list(range(1, 257)), bases[0].values.tolist(), xlabel="rank", ylabel="eigenvalue of the Jacobian")
