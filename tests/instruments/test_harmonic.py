@@ -129,7 +129,9 @@ def test_ddpm_denoises_at_the_level_it_is_told():
 
     method.average = Exact()
     for sigma in (0.05, 1.0):
-        assert torch.allclose(method.denoise(0.5 + sigma * torch.randn(2, 1, 8, 8), sigma), torch.full((2, 1, 8, 8), 0.5), atol=1e-3)
+        assert torch.allclose(
+            method.denoise(0.5 + sigma * torch.randn(2, 1, 8, 8), sigma), torch.full((2, 1, 8, 8), 0.5), atol=1e-3
+        )
 
 
 def test_large_pictures_are_brought_to_size():

@@ -55,7 +55,7 @@ def test_trained_on_noise_alone_it_finds_the_best_shrinkage():
     y = 1.25**0.5 * torch.randn(20000, 1, 1, 2, generator=_g())
     factor = torch.ones((), requires_grad=True)
     for _ in range(30):
-        (grad,) = torch.autograd.grad(sure(lambda y: factor * y, y, 1.0, method="vjp", generator=_g()), factor)
+        (grad,) = torch.autograd.grad(sure(lambda y, factor=factor: factor * y, y, 1.0, method="vjp", generator=_g()), factor)
         factor = (factor - 0.3 * grad).detach().requires_grad_()
     assert factor.item() == pytest.approx(0.2, abs=0.03)
 

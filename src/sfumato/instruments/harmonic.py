@@ -2,9 +2,9 @@
 
     y = x + σ z,    J = ∇f(y),    (J + Jᵀ) / 2 = Σ λ_k e_k e_kᵀ
 
-λ near 1: the pattern is kept, near 0: taken for noise; Σ λ = tr J is the effective rank. A denoiser that has learned what pictures
-are alike in shrinks in few patterns, which oscillate along the contours of the picture; its J is nearly symmetric, as that of
-every best denoiser is. Small pictures: all of J, else block Lanczos on products with it
+λ near 1: the pattern is kept, near 0: taken for noise; Σ λ = tr J is the effective rank. A denoiser that has learned what
+pictures are alike in shrinks in few patterns, which oscillate along the contours of the picture; its J is nearly symmetric,
+as that of every best denoiser is. Small pictures: all of J, else block Lanczos on products with it
 (Kadkhodaie, Guth, Simoncelli, Mallat 2024; Mohan et al. 2020).
 
 >>> import torch, sfumato
@@ -240,8 +240,8 @@ def _findings(
 
 def _pages(shown: Sequence[Mapping[str, Tensor]]) -> list[Section]:
     text = (
-        "The picture, with noise, and denoised; then the patterns that are shrunk least, in the order of their eigenvalues, around "
-        "mid grey. λ = 1: all of the pattern is kept, 0: nothing."
+        "The picture, with noise, and denoised; then the patterns that are shrunk least, in the order of their eigenvalues, "
+        "around mid grey. λ = 1: all of the pattern is kept, 0: nothing."
     )
     sections = []
     for i, views in enumerate(shown):
@@ -256,8 +256,8 @@ def _decay(found: Sequence[Mapping[str, Any]]) -> Section:
         return {f"picture {i + 1}": (range(1, len(one[of]) + 1), one[of]) for i, one in enumerate(found[:6])}
 
     text = (
-        "How fast the eigenvalues fall, and how much of the clean picture's power lies in the first of the patterns: a good basis "
-        "holds it in few, and keeps those."
+        "How fast the eigenvalues fall, and how much of the clean picture's power lies in the first of the patterns: a good "
+        "basis holds it in few, and keeps those."
     )
     plots = [
         Plot("curves", lines("values"), {"xlabel": "rank", "ylabel": "eigenvalue", "height": 280}),

@@ -100,8 +100,8 @@ def probe(
         model: a module, `timm:NAME`, `module:factory`, or a run folder.
         data: a place or images as `open_data` takes them, or pairs (inputs, targets) as the model takes them.
         other: the second model, where the kind compares two.
-        loss: `cross_entropy`, `mse`, `reconstruction`, `module:function`, or a function `(outputs, targets) -> mean`; None: by the data, or a run's
-            own.
+        loss: `cross_entropy`, `mse`, `reconstruction`, `module:function`, or a function `(outputs, targets) -> mean`; None: by
+            the data, or a run's own.
         minutes: time to stay within, about; None: as long as it takes.
         weights: a file, or one for each model.
         device: `auto`, `cpu`, `cuda`, ...; None: where a given module is, else `auto`.

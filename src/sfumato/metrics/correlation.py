@@ -44,9 +44,7 @@ def correlation(a: Tensor, b: Tensor, *, centre: bool = True) -> Tensor:
     return _unit(a.flatten(1), centre) @ _unit(b.flatten(1), centre).T
 
 
-def closest_correlation(
-    a: Tensor, b: Tensor, *, patch: int | None = None, centre: bool = True, chunk: int = 4096
-) -> Tensor:
+def closest_correlation(a: Tensor, b: Tensor, *, patch: int | None = None, centre: bool = True, chunk: int = 4096) -> Tensor:
     """The largest correlation of each picture with any picture of a set.
 
     Args:

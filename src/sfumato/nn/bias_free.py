@@ -18,6 +18,7 @@ True
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import torch
@@ -89,7 +90,7 @@ class BFCNN(nn.Sequential):
             raise BadSetting(f"{layers} layers (2 at least) see an odd number of pixels from 5 to {2 * layers + 1}, not {field}")
         widths = [channels, *[width] * (layers - 1), channels]
         parts: list[nn.Module] = []
-        for i, (cin, cout) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (cin, cout) in enumerate(itertools.pairwise(widths)):
             side = 3 if i < field // 2 else 1
             conv = nn.Conv2d(cin, cout, side, padding=side // 2, bias=False)
             nn.init.kaiming_normal_(conv.weight)

@@ -5,8 +5,8 @@
 Without norm, or with batch norm, it is the usual one; with "bias_free" no convolution has a bias and normalisation only divides,
 so that f(c x) = c f(x) for c > 0.
 
-Sources: Ronneberger, Fischer, Brox, "U-Net", MICCAI 2015; bias-free, with the sizes of the defaults: Kadkhodaie, Guth, Simoncelli,
-Mallat, "Generalization in diffusion models arises from geometry-adaptive harmonic representations", ICLR 2024.
+Sources: Ronneberger, Fischer, Brox, "U-Net", MICCAI 2015; bias-free, with the sizes of the defaults: Kadkhodaie, Guth,
+Simoncelli, Mallat, "Generalization in diffusion models arises from geometry-adaptive harmonic representations", ICLR 2024.
 
 >>> import torch
 >>> from sfumato.nn import PlainUNet
@@ -17,6 +17,7 @@ Mallat, "Generalization in diffusion models arises from geometry-adaptive harmon
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -82,7 +83,9 @@ class PlainUNet(nn.Module):
         self._norm, self._act, self._gain, self._bias = norm, act, gain, norm != "bias_free"
         self.down: nn.Module = nn.AvgPool2d(2) if down == "avg" else nn.MaxPool2d(2)
         outer = list(widths[:-1])
-        self.encoders = nn.ModuleList(self._block([before, *[w] * convs]) for before, w in zip([cin, *outer], widths, strict=True))
+        self.encoders = nn.ModuleList(
+            self._block([before, *[w] * convs]) for before, w in zip([cin, *outer], widths, strict=True)
+        )
         self.encoders[0][1] = nn.Identity()  # the first convolution is not normalised
         self.skips = nn.ModuleDict({f"level{i}": nn.Identity() for i in range(len(outer))})
         self.ups = nn.ModuleList(self._up(below, w, up) for w, below in zip(outer, widths[1:], strict=True))
@@ -116,7 +119,7 @@ class PlainUNet(nn.Module):
 
     def _block(self, channels: Sequence[int], *, last: bool = False) -> nn.Sequential:
         layers: list[nn.Module] = []
-        for a, b in zip(channels, channels[1:], strict=False):
+        for a, b in itertools.pairwise(channels):
             layers += [self._conv(a, b), self._normalised(b), ACTIVATIONS[self._act]()]
         return nn.Sequential(*(layers[:-2] if last else layers))
 

@@ -191,6 +191,11 @@ def test_claim_shrunk():
         "limit": {"train-test gap (dB)": 0.3},
     }  # fmt: skip
     assert judge(one_function, [good] * 5).verdict == "reproduced"
-    for name, value in (("log2 disagreement", -0.6), ("pair correlation", 0.0), ("symmetric share", 0.8), ("homogeneity error", 1.0)):
+    for name, value in (
+        ("log2 disagreement", -0.6),
+        ("pair correlation", 0.0),
+        ("symmetric share", 0.8),
+        ("homogeneity error", 1.0),
+    ):
         bad = {**good, "4,000 pictures": {**good["4,000 pictures"], name: value}}
         assert judge(one_function, [bad] * 5).verdict == "not reproduced"

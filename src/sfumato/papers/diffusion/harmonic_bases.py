@@ -170,8 +170,8 @@ class BlindDenoiser(Method):
 
         Args:
             inputs: noisy pictures `[B, C, H, W]`, any height and width; or what `physics` measured.
-            physics: linear, with `.A` and `.A_adjoint` such as deepinv's, and orthonormal rows: `Inpainting`, `Downsampling` without a
-                filter, `sfumato.physics.BlockMean`, `FrequencyMask`.
+            physics: linear, with `.A` and `.A_adjoint` such as deepinv's, and orthonormal rows: `Inpainting`, `Downsampling`
+                without a filter, `sfumato.physics.BlockMean`, `FrequencyMask`.
             generator: source of the draws of a solution; None: seed 0.
 
         Returns:
@@ -200,7 +200,9 @@ class BlindDenoiser(Method):
         start = self.config.mean + torch.randn(shape, generator=generator, device=device).to(self.device)
         return self.climb(self.denoise, start, generator, physics=physics, measured=measured).clamp(0, 1)
 
-    def climb(self, denoiser: Callable[[Tensor], Tensor], start: Tensor, generator: torch.Generator | None, **given: Any) -> Tensor:
+    def climb(
+        self, denoiser: Callable[[Tensor], Tensor], start: Tensor, generator: torch.Generator | None, **given: Any
+    ) -> Tensor:
         """`sample_blind` with the settings of this method."""
         c = self.config
         return sample_blind(
@@ -232,8 +234,8 @@ FEW, MANY, SIGMA = "4 pictures", "4,000 pictures", 0.3
 
 
 @claim(
-    "From 4 to 4,000 training pictures, two denoisers trained on disjoint sets become one function: they disagree by less than half "
-    "as much beside their error, draw pairs that correlate, and copy less",
+    "From 4 to 4,000 training pictures, two denoisers trained on disjoint sets become one function: they disagree by less than "
+    "half as much beside their error, draw pairs that correlate, and copy less",
     Better("log2 disagreement", MANY, over=FEW, by=1.0, higher=False),
     Better("pair correlation", MANY, over=FEW, by=0.2),
     Better("closest-training correlation", MANY, over=FEW, higher=False),
@@ -242,9 +244,9 @@ FEW, MANY, SIGMA = "4 pictures", "4,000 pictures", 0.3
     Holds("with 4,000 pictures the symmetric part holds 90 % of the Jacobian", lambda f: f[MANY]["symmetric share"] >= 0.9),
     seeds=range(100, 105),
     note="Pictures of 16 x 16 pixels with a smooth contour between two smooth regions (C², a formula), U-Nets of width 16, 550 "
-    "steps of 64 pictures; noise 0.3. Both networks of a pair start from other weights, and see the same noise in the same order. The "
-    "limit of the gap is 0.3 dB. Pictures this small resemble each other, so the correlation with the closest of 4,000 stays high "
-    "without copying.",
+    "steps of 64 pictures; noise 0.3. Both networks of a pair start from other weights, and see the same noise in the same order. "
+    "The limit of the gap is 0.3 dB. Pictures this small resemble each other, so the correlation with the closest of 4,000 stays "
+    "high without copying.",
 )
 def one_function(lab: Lab) -> Figures:
     """Two networks on 4 pictures each, two on 4,000 each, compared on 1,000 others."""
