@@ -43,9 +43,9 @@ from sfumato.data.batch import Batch, Facts
 from sfumato.errors import BadCheckpoint
 
 __all__ = [
-    "Batch", "Context", "Editor", "Encoder", "Facts", "Loss", "LossFunction", "Method", "MethodConfig", "ObjectPredictor",
-    "Predictor", "Restorer", "Result", "Sampler", "Searcher", "Step", "TimmExportable", "TrajectorySampler", "capabilities",
-    "draws_points",
+    "Batch", "Context", "Denoiser", "Editor", "Encoder", "Facts", "Loss", "LossFunction", "Method", "MethodConfig",
+    "ObjectPredictor", "Predictor", "Restorer", "Result", "Sampler", "Searcher", "Step", "TimmExportable", "TrajectorySampler",
+    "capabilities", "draws_points",
 ]  # fmt: skip
 
 
@@ -210,6 +210,16 @@ class Restorer(Protocol):
     """Turns degraded images into clean ones, `[B, C, H, W]` in [0, 1], any height and width."""
 
     def restore(self, inputs: Tensor, physics: Any = None) -> Tensor: ...
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """Gives the clean picture x of `y = x + sigma z`, `[B, C, H, W]`, x in [0, 1]; differentiable in y, and not clamped.
+
+    No verb of a command, but what probes ask for; a blind one does not look at `sigma`.
+    """
+
+    def denoise(self, y: Tensor, sigma: float) -> Tensor: ...
 
 
 @runtime_checkable

@@ -93,7 +93,7 @@ def test_targets_take_the_squared_error():
         (PICTURES, None, "neither labels nor targets"),
         (PICTURES, "cross_entropy", "label with every sample"),
         ((PICTURES, LABELS), "mse", "target with every sample"),
-        ((PICTURES, LABELS), "hinge", "cross_entropy, mse or module:function"),
+        ((PICTURES, LABELS), "hinge", "cross_entropy, mse, reconstruction or module:function"),
         ((PICTURES, LABELS + 3), None, r"gives \[5\] outputs a sample, and the data has 8 classes"),
         ((PICTURES[..., :16], LABELS), None, "does not take inputs of 3x32x16"),
     ],

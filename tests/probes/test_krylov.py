@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sfumato.errors import BadData, BadSetting
-from sfumato.probes import eigs, hutchinson, lanczos, smoothed_spectrum, spectral_density, svds
+from sfumato.probes import LinearOperator, eigs, hutchinson, lanczos, smoothed_spectrum, spectral_density, svds
 
 VECTORS = np.load(Path(__file__).parents[1] / "vectors" / "curvature-base.npz")
 
@@ -130,6 +130,49 @@ def test_repeated_eigenvalues_and_tiny_operators():
     assert eigs(with_spectrum([3.0, -4.0]), 2, which="LM").values.tolist() == pytest.approx([-4, 3])
 
 
+@pytest.mark.parametrize("block", [2, 3, 8])
+def test_blocks_find_the_same(block):
+    values = torch.linspace(0, 1, 300).double() ** 2
+    a = with_spectrum(values)
+    for which, expected in (("LA", values.flip(0)[:5]), ("SA", values[:5]), ("LM", values.flip(0)[:5])):
+        found = eigs(a, 5, which=which, tol=1e-8, block=block, max_iter=5000, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(found.values, expected, atol=1e-9, rtol=0)
+        torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(5, dtype=torch.float64), atol=1e-10, rtol=0)
+        assert found.residuals.max() < 2e-8
+    again = eigs(a, 5, tol=1e-8, block=block, max_iter=5000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(eigs(a, 5, tol=1e-8, block=block, max_iter=5000, generator=torch.Generator().manual_seed(0))[0], again[0])
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 7])
+def test_blocks_on_repeated_eigenvalues_and_tiny_operators(block):
+    a = with_spectrum([5.0] * 4 + [3.0] * 3 + list(torch.linspace(0, 1, 193).tolist()))
+    found = eigs(a, 8, block=block, generator=torch.Generator().manual_seed(0))
+    if block >= 4:  # as often as they occur
+        assert found.values.tolist() == pytest.approx([5] * 4 + [3] * 3 + [1])
+    assert eigs(torch.eye(40, dtype=torch.float64), 6, block=block).values.tolist() == pytest.approx([1] * 6)
+    tiny = with_spectrum([5.0, 4.0, 3.0, 2.0, 1.0, 0.0, -1.0, -6.0])
+    assert eigs(tiny, 8, block=block).values.tolist() == pytest.approx([5, 4, 3, 2, 1, 0, -1, -6])
+    assert eigs(tiny, 2, which="LM", block=block).values.tolist() == pytest.approx([-6, 5])
+    assert eigs(torch.zeros(25, 25), 2, block=block).values.tolist() == [0, 0]
+
+
+def test_a_block_is_multiplied_at_once():
+    widths = []
+
+    class Counted(LinearOperator):
+        def __init__(self, a):
+            super().__init__(tuple(a.shape), a.dtype, a.device)
+            self.a = a
+
+        def _product(self, v):
+            widths.append(v.shape[1])
+            return self.a @ v
+
+    eigs(Counted(with_spectrum(torch.linspace(0, 1, 90))), 3, block=4, generator=torch.Generator().manual_seed(0))
+    assert max(widths) == 4
+    assert widths.count(4) > 0.7 * len(widths)
+
+
 def test_svds():
     for shape in ((30, 50), (50, 30)):
         a = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -145,6 +188,8 @@ def test_bad_calls_are_told():
         eigs(torch.eye(3), 1, which="XX")
     with pytest.raises(BadSetting, match="k=4"):
         eigs(torch.eye(3), 4)
+    with pytest.raises(BadSetting, match="block=0"):
+        eigs(torch.eye(3), 1, block=0)
     with pytest.raises(BadData, match="square"):
         lanczos(torch.zeros(3, 4), 2)
 

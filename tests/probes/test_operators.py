@@ -160,6 +160,11 @@ def test_jacobians(kind, forward_mode):
     torch.testing.assert_close(inputs.dense(), torch.autograd.functional.jacobian(net, x[0]))
     torch.testing.assert_close(inputs.T.dense(), torch.autograd.functional.jacobian(net, x[0]).T)
     assert InputJacobianOperator(lambda t: (t**2).sum(), x).shape == (1, x.numel())
+    assert not inputs.dense().requires_grad  # though the weights do
+    with inputs.held(), inputs.held():
+        torch.testing.assert_close(inputs.dense(), torch.autograd.functional.jacobian(net, x[0]))
+        torch.testing.assert_close(inputs.T.dense(), torch.autograd.functional.jacobian(net, x[0]).T)
+        assert not inputs.dense().requires_grad
 
 
 def test_chosen_parameters(kind):

@@ -378,7 +378,7 @@ def probe(
         list[Path] | None, typer.Option("--weights", "-w", help="A .safetensors or .pth file; once for each model.")
     ] = None,
     loss: Annotated[
-        str | None, typer.Option("--loss", help="cross_entropy, mse or module:function (default: by the data).")
+        str | None, typer.Option("--loss", help="cross_entropy, mse, reconstruction or module:function (default: by the data).")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; may be repeated.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what it would cost; measure nothing.")] = False,

@@ -8,6 +8,7 @@ from .inversion import ddpm_invert as ddpm_invert
 from .diffusion_prior import DiffusionPrior as DiffusionPrior
 from .posterior_sampling import SOLVERS as SOLVERS
 from .posterior_sampling import sample_posterior as sample_posterior
+from .memoriser import memoriser as memoriser
 from .predictions import as_denoiser as as_denoiser
 from .predictions import convert as convert
 from .residual import ResidualObjective as ResidualObjective

@@ -26,6 +26,7 @@ KINDS = {
     "learning-rate": "how large a learning rate is stable, by batch size, and how to move a tuned one to another batch",
     "alignment": "whether kernels point along the targets, and how far they moved while a run was trained: lazy or rich",
     "information": "what each layer tells about its input and about the class: the information plane",
+    "harmonic": "in which patterns a denoiser shrinks a picture, and whether it is a shrinkage at all",
     "precision": "whether rounding ends a classifier's learning: collapsed softmax, gradients along the weights",
     "hallucination": "which of a diffusion run's own samples it was undecided about, by the variance of their trajectories",
 }
@@ -61,6 +62,7 @@ class Kind:
             and gives what it has when it is stopped.
         models: how many models it takes, 1 or 2.
         data: whether it looks at data; else its subjects have no batches.
+        loss: of a plain module where the person names none; None: by the data.
     """
 
     settings: type[BareSetup]
@@ -68,6 +70,7 @@ class Kind:
     measure: Callable[..., Findings]
     models: int = 1
     data: bool = True
+    loss: str | None = None
 
 
 def load_kind(name: str) -> Kind:

@@ -55,7 +55,9 @@ class Probe:
         started = time.monotonic()
         if isinstance(self.settings, Setup):
             self.subjects: list[Subject] = [
-                prepare_subject(one, data, self.settings, loss=loss, weights=file, device=device, seed=seed, draw=i)
+                prepare_subject(
+                    one, data, self.settings, loss=loss, usual_loss=self.kind.loss, weights=file, device=device, seed=seed, draw=i
+                )
                 for i, (one, file) in enumerate(zip(models, files, strict=True))
             ]
         else:
@@ -107,8 +109,8 @@ def probe(
         data: a place or images as `open_data` takes them, or pairs (inputs, targets) as the model takes them; None for a kind
             that looks at no data.
         other: the second model, where the kind compares two.
-        loss: `cross_entropy`, `mse`, `module:function`, or a function `(outputs, targets) -> mean`; None: by the data, or a run's
-            own.
+        loss: `cross_entropy`, `mse`, `reconstruction`, `module:function`, or a function `(outputs, targets) -> mean`; None: by
+            the data, or a run's own.
         minutes: time to stay within, about; None: as long as it takes.
         weights: a file, or one for each model.
         device: `auto`, `cpu`, `cuda`, ...; None: where a given module is, else `auto`.

@@ -18,7 +18,8 @@ from sfumato.instruments.kinds import Setup
 from sfumato.instruments.model_words import named_object
 from sfumato.probes.operators import LossFunction
 
-LOSSES: dict[str, LossFunction] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+LOSSES: dict[str, LossFunction] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss, "reconstruction": F.mse_loss}
+"""By name; reconstruction compares outputs with the inputs themselves."""
 SAMPLES = 512
 
 
@@ -47,6 +48,7 @@ def given_samples(data: Iterable[Any], loss: Any, setup: Setup) -> Samples:
     """The first pairs of a person's own batches."""
     inputs, targets = _collect(data, setup.samples or SAMPLES)
     loss_name, criterion = _loss(loss, labelled=not targets.is_floating_point(), paired=True)
+    targets = inputs if loss_name == "reconstruction" else targets
     return Samples(inputs, targets, criterion, loss_name, "pairs of inputs and targets")
 
 
@@ -64,7 +66,7 @@ def opened_samples(data: Any, loss: Any, setup: Setup, eats: dict[str, Any], see
         mean, std = (torch.tensor(eats[part]).view(-1, 1, 1) for part in ("mean", "std"))
         inputs = (inputs - mean) / std
         notes.append("pixels are standardised as timm does for this model")
-    order = (whole.target, whole.label) if loss_name == "mse" else (whole.label, whole.target)
+    order = {"mse": (whole.target, whole.label), "reconstruction": ()}.get(loss_name, (whole.label, whole.target))
     targets = next((t for t in order if t is not None), inputs)
     return Samples(inputs, targets, criterion, loss_name, str(images), images.facts.classes, notes)
 

@@ -136,6 +136,7 @@ def prepare_subject(
     setup: Setup | None = None,
     *,
     loss: str | LossFunction | None = None,
+    usual_loss: str | None = None,
     weights: str | os.PathLike[str] | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -147,8 +148,10 @@ def prepare_subject(
         model: `timm:NAME`, `module:factory`, a run folder, or a module (copied when it must move to another device).
         data: as `open_data` takes it; or pairs (inputs, targets) as the model takes them: a list of them, or a DataLoader.
         setup: which samples, and how much memory.
-        loss: `cross_entropy`, `mse`, `module:function` or a function `(outputs, targets) -> mean`; None: by the data (labels:
-            cross-entropy, targets: mean squared error). A run brings its own.
+        loss: `cross_entropy`, `mse`, `reconstruction` (squared distance from the inputs), `module:function` or a function
+            `(outputs, targets) -> mean`; None: by the data (labels: cross-entropy, targets: mean squared error). A run brings its
+            own.
+        usual_loss: what None means for a plain module, whatever the data.
         weights: a file of weights for a timm model or a factory.
         device: `auto`, `cpu`, `cuda`, ...; None: where a given module is, else `auto`.
         seed: of the samples that are drawn, of random weights and of a method's noise.
@@ -173,7 +176,7 @@ def prepare_subject(
     if isinstance(found, Method):
         subject = _of_method(found, str(model), data, setup, seed)
     else:
-        subject = _of_module(found, model, data, setup, place, (loss, weights, seed, draw))
+        subject = _of_module(found, model, data, setup, place, (loss or usual_loss, weights, seed, draw))
     drops = sum(isinstance(m, _DropoutNd) and m.p > 0 for m in subject.module.modules())
     subject.notes += [f"dropout is off (layers: {drops})"] if drops else []
     subject.facts |= {
@@ -317,7 +320,7 @@ def _lined_up(module: nn.Module, samples: Samples, device: torch.device) -> tupl
         most = max(len(samples.classes or ()), int(targets.max()) + 1)
         if outputs.ndim < 2 or outputs.shape[1] < most:
             raise BadSetting(f"the model gives {list(outputs.shape[1:])} outputs a sample, and the data has {most} classes")
-    elif samples.loss_name == "mse":
+    elif samples.loss_name in ("mse", "reconstruction"):
         if outputs.ndim == targets.ndim + 1 and outputs.shape[-1] == 1:
             targets = targets[..., None]
         if outputs.shape[1:] != targets.shape[1:]:

@@ -1,3 +1,6 @@
+from .correlation import closest_correlation as closest_correlation
+from .correlation import correlation as correlation
+from .correlation import distinct as distinct
 from .distance_estimation import distance_metrics as distance_metrics
 from .frechet import GaussianStats as GaussianStats
 from .frechet import Moments as Moments

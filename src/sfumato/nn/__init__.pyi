@@ -3,6 +3,8 @@ from .at_rest import exact_arithmetic as exact_arithmetic
 from .attention_capture import QKV as QKV
 from .attention_capture import capture_qkv as capture_qkv
 from .attention_capture import regroup_heads as regroup_heads
+from .bias_free import BFCNN as BFCNN
+from .bias_free import BiasFreeNorm2d as BiasFreeNorm2d
 from .blind_spot import CentreMaskedConv2d as CentreMaskedConv2d
 from .blind_spot import ConditionalBlindSpotNet as ConditionalBlindSpotNet
 from .boxes import box_geometry as box_geometry
@@ -54,6 +56,7 @@ from .phase_batches import random_subsample_index as random_subsample_index
 from .phase_batches import space_to_batch as space_to_batch
 from .phase_batches import subsample as subsample
 from .pixel_head import PixelShuffleHead as PixelShuffleHead
+from .plain_unet import PlainUNet as PlainUNet
 from .positions import RelativePositionBias as RelativePositionBias
 from .positions import sincos_2d as sincos_2d
 from .projection_heads import ProjectionHead as ProjectionHead

@@ -1,3 +1,4 @@
+from .block_mean import BlockMean as BlockMean
 from .frequency_mask import apply_frequency_mask as apply_frequency_mask
 from .frequency_operator import FrequencyMask as FrequencyMask
 from .real_degradation import BLUR_KINDS as BLUR_KINDS

@@ -29,7 +29,11 @@ from .collapse import nc3 as nc3
 from .collapse import pooled_stats as pooled_stats
 from .collapse import self_duality as self_duality
 from .count_sketch import CountSketch as CountSketch
+from .denoisers import Agreement as Agreement
+from .denoisers import DenoiserBasis as DenoiserBasis
+from .denoisers import agreement as agreement
 from .denoisers import blindness as blindness
+from .denoisers import denoiser_basis as denoiser_basis
 from .denoisers import noise_autocorrelation as noise_autocorrelation
 from .directions import Directions as Directions
 from .directions import JacobianDirections as JacobianDirections

@@ -159,9 +159,10 @@ def eigs(
     which: Literal["LA", "SA", "LM"] = "LA",
     tol: float = 1e-6,
     max_iter: int = 1000,
+    block: int = 1,
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
-    """The k extreme eigenpairs of a symmetric operator, by Lanczos with thick restarts.
+    """The k extreme eigenpairs of a symmetric operator, by (block) Lanczos with thick restarts.
 
     Args:
         op: symmetric, d × d.
@@ -170,41 +171,48 @@ def eigs(
             is often its most negative eigenvalue).
         tol: stop when every residual ‖Av − λv‖ is below `tol` times the largest |λ|.
         max_iter: products with the operator at most; look at `residuals` when it may have been reached.
+        block: vectors multiplied at once. More than one suits an operator that is fast on several columns, and eigenvalues that
+            repeat or crowd; it takes more products in all.
         generator: for the start.
 
     Returns:
-        `Eigenpairs`, best first. Memory d · max(2k + 1, 20). An eigenvalue that repeats can be found fewer times than it occurs.
+        `Eigenpairs`, best first. Memory d · max(2k + 1, 20), and of a block three blocks more. An eigenvalue that repeats more
+        often than `block` can be found fewer times than it occurs.
 
-    Reference: Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", 2000.
+    Reference: Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", 2000; for blocks: Golub and
+    Underwood, "The block Lanczos method for computing eigenvalues", 1977.
     """
     d = op.shape[0]
-    if which not in ("LA", "SA", "LM") or not 1 <= k <= d:
-        raise BadSetting(f"eigs: which={which!r}, k={k}; allowed: LA, SA, LM and 1 <= k <= {d}")
-    size = min(max(2 * k + 1, 20), d)
-    basis = torch.zeros(d, size + 1, dtype=op.dtype, device=op.device)
-    basis[:, :1] = _randn(op, 1, generator)
-    basis[:, 0] /= basis[:, 0].norm()
-    projected = torch.zeros(size, size, dtype=op.dtype, device=op.device)
+    if which not in ("LA", "SA", "LM") or not 1 <= k <= d or not 1 <= block <= d:
+        raise BadSetting(f"eigs: which={which!r}, k={k}, block={block}; allowed: LA, SA, LM and 1 to {d}")
+    size = min(max(2 * k + 1, 20) + (3 * block if block > 1 else 0), d)
+    basis = torch.zeros(d, size + block, dtype=op.dtype, device=op.device)
+    basis[:, :block] = _orthonormal(_randn(op, block, generator))[0]
+    projected = torch.zeros(size + block, size + block, dtype=op.dtype, device=op.device)
     kept, products = 0, 0
     with held(op):
         while True:
-            for start, stop in itertools.pairwise([kept, *range(max(kept, 2 * k) + 5, size, 5), size]):
-                last = _extend(op, basis, projected, start, stop, generator)
+            first = kept + -(-(max(kept, 2 * k) + 5 - kept) // block) * block  # whole blocks up to every look
+            for start, stop in itertools.pairwise([kept, *range(first, size, -(-5 // block) * block), size]):
+                _extend(op, basis, projected, start, stop, block, generator)
                 products += stop - start
                 square = projected[:stop, :stop]
                 values, s = torch.linalg.eigh((square + square.T) / 2)
                 order = _order(values, which)
                 values, s = values[order], s[:, order]
-                converged = bool(((last * s[-1, :k]).abs() <= max(tol, torch.finfo(op.dtype).eps) * values.abs().max()).all())
+                leaving = projected[stop : stop + block, :stop] @ s  # how far A leads out of the basis
+                converged = bool((leaving[:, :k].norm(dim=0) <= max(tol, torch.finfo(op.dtype).eps) * values.abs().max()).all())
                 if converged or stop == d or products >= max_iter:
                     vectors = torch.linalg.qr(basis[:, :stop] @ s[:, :k])[0]
                     images = op @ vectors
                     values = (vectors * images).sum(0)
                     return Eigenpairs(values, vectors, (images - vectors * values).norm(dim=0))
-            kept = min(k + (size - k) // 2, size - 1)
-            basis[:, : kept + 1] = torch.cat([basis[:, :size] @ s[:, :kept], basis[:, size:]], 1)
+            kept = min(k + (size - k) // 2, size - block)
+            basis[:, : kept + block] = torch.cat([basis[:, :size] @ s[:, :kept], basis[:, size:]], 1)
             projected.zero_()
             projected.diagonal()[:kept] = values[:kept]
+            projected[kept : kept + block, :kept] = leaving[:, :kept]
+            projected[:kept, kept : kept + block] = leaving[:, :kept].T
 
 
 def svds(op: LinearOperator | Tensor, k: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,26 +303,43 @@ def _widen(rows: Tensor, width: int) -> Tensor:
 
 
 def _extend(
-    op: LinearOperator | Tensor, basis: Tensor, projected: Tensor, start: int, size: int, generator: torch.Generator | None
-) -> Tensor:
-    """Grow an orthonormal basis and QᵀAQ in place, from column `start` to `size`; returns how far A leads out of it."""
-    spare = _randn(op, size - start, generator)
-    last = basis.new_zeros(())
-    for j in range(start, size):
-        seen = basis[:, : j + 1]
-        w = op @ basis[:, j]
-        scale = w.norm()
+    op: LinearOperator | Tensor, basis: Tensor, projected: Tensor, start: int, stop: int, block: int,
+    generator: torch.Generator | None,
+) -> None:  # fmt: skip
+    """Grow an orthonormal basis and QᵀAQ in place, from column `start` to `stop`.
+
+    Column j times A leads to column j + block: that many columns stand ready to be multiplied.
+    """
+    eps, d = torch.finfo(op.dtype).eps, basis.shape[0]
+    spare = _randn(op, stop - start, generator)
+    for j in range(start, stop, block):
+        end = min(j + block, stop)
+        ready, now = j + block, slice(j, end)
+        seen = basis[:, :ready]
+        w = op @ basis[:, now]
+        scale, h = w.norm(dim=0), torch.zeros_like(projected[:ready, now])
         for _ in range(2):
-            h = seen.T @ w
-            w = w - seen @ h
-            projected[: j + 1, j] += h
-        projected[j, :j] = projected[:j, j]
-        last = w.norm()
-        exhausted = last <= torch.finfo(op.dtype).eps ** 0.75 * scale
-        last = torch.where(exhausted, 0, last)
-        q = torch.where(exhausted, spare[:, j - start], w)  # an invariant subspace: go on from a new direction
+            more = seen.T @ w
+            w = w - seen @ more
+            h += more
+        q, lengths = _orthonormal(w)
+        exhausted = lengths <= eps**0.75 * scale
+        q = torch.where(exhausted, spare[:, j - start : end - start], q)  # an invariant subspace: go on from a new direction
         for _ in range(2):
-            q = q / q.norm().clamp_min(torch.finfo(op.dtype).tiny)
+            q = q / q.norm(dim=0).clamp_min(torch.finfo(op.dtype).tiny)
             q = q - seen @ (seen.T @ q)
-        basis[:, j + 1] = q / q.norm().clamp_min(torch.finfo(op.dtype).tiny)
-    return last
+        q = _orthonormal(q)[0][:, : max(0, d - ready)]  # there are no more than d
+        new = slice(ready, ready + q.shape[1])
+        basis[:, new] = q
+        projected[:ready, now], projected[now, :ready] = h, h.T
+        out = (q.T @ w).masked_fill(exhausted, 0)
+        projected[new, now], projected[now, new] = out, out.T
+
+
+def _orthonormal(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns that span the same, and how long each was beside those before it."""
+    if w.shape[1] == 1:
+        length = w.norm(dim=0)
+        return w / length.clamp_min(torch.finfo(w.dtype).tiny), length
+    q, r = torch.linalg.qr(w)
+    return q, r.diagonal().abs()

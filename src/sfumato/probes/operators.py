@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -322,11 +322,38 @@ class InputJacobianOperator(_Differentiating):
         chunk: columns worked on at once; None: all.
     """
 
+    _kept: tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]] | None = None
+
     def __init__(self, fn: Callable[[Tensor], Tensor], x: Tensor, *, chunk: int | None = None) -> None:
         self.fn, self.x = fn, x.detach()
         with self._at_rest(), torch.no_grad():
-            outputs = fn(self.x).numel()
-        super().__init__((outputs, x.numel()), x.dtype, x.device, chunk)
+            self._out = torch.empty_like(fn(self.x), device="meta")
+        super().__init__((self._out.numel(), x.numel()), x.dtype, x.device, chunk)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While it is open, the function does not change, and the graph of its one evaluation is kept.
+
+        A product is then one backward pass: with the transpose, through the function; with the matrix itself, through that pass,
+        which is linear. A function that cannot be differentiated twice is evaluated anew for every product.
+        """
+        if self._kept is not None or not self.forward_mode:
+            yield
+            return
+        with self._resting():
+            out, back = vjp(self.fn, self.x)  # type: ignore[misc]
+            with suppress(RuntimeError):
+                _, forth = vjp(lambda u: back(u)[0], torch.zeros_like(out))  # type: ignore[misc]
+                self._kept = back, forth
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        with self._at_rest(), exact_arithmetic(self.device.type), torch.no_grad():
+            yield
 
     def _at_rest(self) -> AbstractContextManager[None]:
         if isinstance(self.fn, nn.Module):
@@ -334,11 +361,15 @@ class InputJacobianOperator(_Differentiating):
         return nullcontext()
 
     def _product(self, v: Tensor) -> Tensor:
-        with self._at_rest(), exact_arithmetic(self.device.type):
+        with self._resting():
+            if self._kept is not None:
+                return self._map(lambda row: self._kept[1](row.view(self.x.shape))[0].reshape(-1), v.T).T  # type: ignore[index]
             return self._push(self._at, {"x": self.x}, v.T).T
 
     def _transposed_product(self, u: Tensor) -> Tensor:
-        with self._at_rest(), exact_arithmetic(self.device.type):
+        with self._resting():
+            if self._kept is not None:
+                return self._map(lambda row: self._kept[0](row.view(self._out.shape))[0].reshape(-1), u.T).T  # type: ignore[index]
             return self._pull(self._at, {"x": self.x}, u.T).T
 
     def _at(self, point: Point) -> Tensor:

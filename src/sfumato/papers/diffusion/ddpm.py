@@ -24,7 +24,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from sfumato.data.batch import Batch, Facts
-from sfumato.diffusion import DiffusionPrior, Schedule, beta_schedule, denoising_loss, sample_ddim, uniform_t
+from sfumato.diffusion import DiffusionPrior, Schedule, as_denoiser, beta_schedule, denoising_loss, sample_ddim, uniform_t
 from sfumato.diffusion.samplers import Callback
 from sfumato.errors import BadData
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
@@ -117,6 +117,12 @@ class DDPM(Method):
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Adam, as in the paper."""
         return {"net": torch.optim.Adam(self.net.parameters(), self.config.lr)}
+
+    def denoise(self, y: Tensor, sigma: float) -> Tensor:
+        """The clean pictures of `y = x + sigma z`, by the averaged weights at the time whose noise is nearest; not clamped."""
+        denoiser = as_denoiser(lambda x, t: self.average(x, t).sample, self.schedule, predict=self.config.predict)
+        level = torch.as_tensor(2 * sigma, device=y.device)  # pictures in [-1, 1] are twice as wide
+        return (denoiser(2 * y - 1, level) + 1) / 2
 
     @property
     def trajectory_steps(self) -> int:

@@ -47,7 +47,7 @@ from sfumato.nn import (
 )
 from sfumato.optim import linear_ramp
 
-__all__ = ["CBSN", "DownsampledInvariance", "correlated_photos", "denoise", "local_statistics", "normalise"]
+__all__ = ["CBSN", "DownsampledInvariance", "correlated_photos", "denoise", "denoise_unclamped", "local_statistics", "normalise"]
 
 
 def normalise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,6 +156,13 @@ def denoise(
     Returns:
         `[B, C, H, W]` in [0, 1].
     """
+    return denoise_unclamped(net, noisy, blind=blind, stride=stride, window=window).clamp(0, 1)
+
+
+def denoise_unclamped(
+    net: ConditionalBlindSpotNet, noisy: Tensor, *, blind: bool = False, stride: int = 1, window: float | None = None
+) -> Tensor:
+    """The same, differentiable and of any range."""
     if window is None:
         x, mean, std = normalise(noisy)
     else:
@@ -164,7 +171,7 @@ def denoise(
     x, crop = pad_to_multiple(reflect_pad(x, (_BORDER,) * 4), stride)
     y = tiled_apply(partial(net, blind=blind), space_to_batch(x, stride), overlap=net.reach)
     y = batch_to_space(y, stride)[crop][..., _BORDER:-_BORDER, _BORDER:-_BORDER]
-    return (y * std + mean).clamp(0, 1)
+    return y * std + mean
 
 
 _BORDER = 32  # mirrored pixels around a picture at inference, of the released code
@@ -271,6 +278,10 @@ class CBSN(Method):
             `[B, C, H, W]` in [0, 1].
         """
         return denoise(self.net, inputs, blind=self.config.blind_only, window=self.config.window)
+
+    def denoise(self, y: Tensor, sigma: float | None = None) -> Tensor:
+        """The same, differentiable and not clamped; whatever noise there is counts as the one that was learned."""
+        return denoise_unclamped(self.net, y, blind=self.config.blind_only, window=self.config.window)
 
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Noisy patches and what becomes of them."""
