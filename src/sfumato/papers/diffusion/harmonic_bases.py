@@ -244,9 +244,9 @@ FEW, MANY, SIGMA = "4 pictures", "4,000 pictures", 0.3
     Holds("with 4,000 pictures the symmetric part holds 90 % of the Jacobian", lambda f: f[MANY]["symmetric share"] >= 0.9),
     seeds=range(100, 105),
     note="Pictures of 16 x 16 pixels with a smooth contour between two smooth regions (C², a formula), U-Nets of width 16, 550 "
-    "steps of 64 pictures; noise 0.3. Both networks of a pair start from other weights, and see the same noise in the same order. "
-    "The limit of the gap is 0.3 dB. Pictures this small resemble each other, so the correlation with the closest of 4,000 stays "
-    "high without copying.",
+    "steps of 64 pictures; noise 0.3. Both networks of a pair start from other weights and see the same noise in the same order. "
+    "The limit of the gap is 0.3 dB. Pictures this small resemble each other, so the correlation with the closest of 4,000 "
+    "stays high without copying.",
 )
 def one_function(lab: Lab) -> Figures:
     """Two networks on 4 pictures each, two on 4,000 each, compared on 1,000 others."""
