@@ -323,8 +323,8 @@ def comparisons_page(records: Mapping[str, Mapping[str, Any]]) -> str:
     head = (
         "# Comparisons\n\nMethods of this library on the same data, each trained with every seed: a seed fixes weights, order, "
         "augmentation and noise, so that methods are paired. Figures are means over seeds with 95 % intervals, taken on held-out "
-        "data. `few label accuracy` is what fine-tuning on 100 labels reaches; probes of features after so short a training say "
-        "little, and where they stand at all they are told beside those of the untrained network on the full page."
+        "data; losses, which are each method's own, are on the full page. `few label accuracy` is what fine-tuning on 100 labels "
+        "reaches; probes of frozen features say little after trainings as short as these."
     )
     return "\n\n".join([head, *(comparison_section(name, record) for name, record in records.items())]) + "\n"
 
@@ -332,9 +332,9 @@ def comparisons_page(records: Mapping[str, Mapping[str, Any]]) -> str:
 def comparison_section(name: str, record: Mapping[str, Any]) -> str:
     """One comparison: what was held equal, the table, what differs from the first arm, and the way to all of it."""
     first, by_steps = record["arms"][0]["label"], record["held"] == "steps"
-    budget = f"{record['budget']:,} steps" if by_steps else f"{record['budget']:g} minutes"
-    costs = {"arm", "parameters", "steps", "seconds", "images_per_second", "memory"}
-    metrics = list(dict.fromkeys(m for row in record["table"] for m in row if m not in costs))
+    budget = f"{record['budget']:,} steps" if by_steps else f"{60 * record['budget']:g} seconds"
+    compared = [d for d in record["differences"] if d["metric"] != "images_per_second"]
+    metrics = list(dict.fromkeys(d["metric"] for d in compared))  # each method's own losses stand on the full page
     heads = ["method", "weights", "steps", "time", "images/s", "memory", *(m.replace("_", " ") for m in metrics)]
     rows = [
         [
@@ -344,14 +344,16 @@ def comparison_section(name: str, record: Mapping[str, Any]) -> str:
         ]
         for row in record["table"]
     ]  # fmt: skip
+    before = [seed[first] for seed in record["untrained"].values()]
+    fresh = {m: sum(b[m] for b in before) / len(before) for m in metrics if before and all(m in b for b in before)}
+    rows += [[f"{plain(first)}, untrained", *["–"] * 5, *(f"{fresh[m]:.3g}" for m in metrics)]] if fresh else []
     differences = [
         [
             plain(f"{d['arm']}: {d['metric'].replace('_', ' ')}"),
             f'{signed(d["mean"])} <span class="unbroken">[{signed(d["low"])}, {signed(d["high"])}]</span>',
             f'<span class="verdict {COMPARISON_MOODS.get(d["outcome"], "open")}">{d["outcome"]}</span>',
         ]
-        for d in record["differences"]
-        if not d["metric"].startswith("images_per_second")
+        for d in compared
     ]
     parts = [
         f"## {plain(', '.join(arm['label'] for arm in record['arms']))}: equal {'steps' if by_steps else 'time'}",
@@ -359,8 +361,7 @@ def comparison_section(name: str, record: Mapping[str, Any]) -> str:
         f"[Curves, pictures, costs and settings](comparisons/{name}/report.html).",
         f"```sh\n{record['command']}\n```",
         table(heads, rows),
-        f"Against {plain(first)}, seed by seed:",
-        table(["", "difference", "verdict"], differences),
+        *([f"Against {plain(first)}, seed by seed:", table(["", "difference", "verdict"], differences)] if differences else []),
         *(plain(note) for note in record["notes"]),
     ]
     return "\n\n".join(parts)
@@ -370,8 +371,8 @@ def spread(limits: Sequence[float | None] | None) -> str:
     """A mean and its interval."""
     if limits is None:
         return "–"
-    mean, low, high = (None if v is None else f"{v:.3g}".replace("-", "−") for v in limits)
-    return f"{mean}" if low is None else f'{mean} <span class="unbroken">[{low}, {high}]</span>'
+    mean, low, high = ("–" if v is None else f"{v:.3g}".replace("-", "−") for v in limits)
+    return mean if limits[1] is None else f'{mean} <span class="unbroken">[{low}, {high}]</span>'
 
 
 # ---- parts

@@ -146,7 +146,7 @@ def test_a_comparison_is_shown_with_costs_and_differences(generate, monkeypatch,
     assert "## mae, half: equal steps" in page
     assert "2 steps each, 2 seeds" in page
     assert "(comparisons/kept/report.html)" in page
-    assert "| method | weights | steps | time | images/s | memory | masked loss |" in page
+    assert "| method | weights | steps | time | images/s | memory |" in page
     assert "| half | " in page
 
 
