@@ -60,8 +60,8 @@ def by_matrix(f: Denoiser, y: Tensor, k: int, at_once: bool) -> Run:
     "Jacobian of a denoiser: its leading eigenvectors by block Lanczos, against the whole matrix by autograd",
     "Ours takes products with J and its transpose, two at once, and holds a few dozen vectors and one picture's graph; the "
     "matrix needs a backward pass for every pixel. All rows at once are one call that holds the gradients of all of them: memory "
-    "is what products save there. One row after the other holds least, as long as n² numbers are few. Time follows where a picture "
-    "has more pixels than Lanczos takes products, which it has not at 16 x 16.",
+    "is what products save there. One row after the other holds least, as long as n² numbers are few. Time follows where a "
+    "picture has more pixels than Lanczos takes products, which it has not at 16 x 16.",
 )
 def jacobian(quick: bool) -> Iterator[Heat]:
     """Eigenvalues, and the picture in their eigenvectors, equal to 1e-5; double precision."""

@@ -4,7 +4,6 @@ import torch.nn.functional as F
 
 from sfumato.claim import judge
 from sfumato.data import Batch, Facts, c_alpha_images
-from sfumato.diffusion import memoriser
 from sfumato.engine import Lab, build, fit
 from sfumato.errors import BadData, BadSetting
 from sfumato.method import Context, Denoiser, Restorer, Sampler, capabilities
@@ -131,12 +130,11 @@ def test_it_draws_pictures(trained):
 
 
 def test_it_solves_what_was_measured(trained):
-    """Block means of pictures: the solution agrees with them, and is nearer to the picture than the blocks are."""
+    """Block means of pictures: the solution agrees with them, and is far nearer to the picture than a free draw is."""
     physics, x = BlockMean(2), X[:30]
     solved = trained.restore(physics.A(x), physics)
-    blocks = physics.A_adjoint(physics.A(x))
     assert (physics.A(solved) - physics.A(x)).abs().mean() / 2 < 0.06
-    assert (solved - x).square().mean() < 0.8 * (blocks - x).square().mean()
+    assert (solved - x).square().mean() < 0.3 * (trained.sample(30, _g()) - x).square().mean()
     assert torch.equal(solved, trained.restore(physics.A(x), physics))
     assert not torch.equal(solved, trained.restore(physics.A(x), physics, generator=_g(1)))
 
@@ -158,14 +156,14 @@ def test_saved_and_loaded_it_is_the_same(trained):
     assert torch.equal(other.restore(X[:2]), trained.restore(X[:2]))
 
 
-def test_two_pictures_are_remembered(trained):
-    """Trained on two pictures it comes near the denoiser that knows these alone; trained on 200 it does not."""
-    train = X[:2]
-    method = fit(_small(), train, steps=200, progress=False).eval()
-    y = train.repeat(20, 1, 1, 1) + 0.3 * torch.randn(40, 1, 8, 8, generator=_g())
-    known = memoriser(train)(y, 0.3)
-    away = [(one.denoise(y).detach() - known).square().mean() for one in (method, trained)]
-    assert away[0] < 0.7 * away[1]
+@pytest.mark.slow
+def test_two_pictures_are_remembered():
+    """Trained on two pictures it denoises these far better than others."""
+    method = fit(_small(), X[:2], steps=800, progress=False).eval()
+    own, others = X[:2].repeat(20, 1, 1, 1), X[100:140]
+    z = 0.3 * torch.randn(40, 1, 8, 8, generator=_g())
+    errors = [(method.denoise(x + z).detach() - x).square().mean() for x in (own, others)]
+    assert errors[0] < 0.4 * errors[1]
 
 
 def test_claim_shrunk():

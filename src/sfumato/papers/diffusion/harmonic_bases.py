@@ -229,7 +229,7 @@ class BlindDenoiser(Method):
 
 # ---- the claim
 
-_TINY: dict[str, Any] = {"channels": 1, "image_size": 16, "width": 16, "levels": 2, "batch_size": 64, "lr": 2e-3}
+_TINY: dict[str, Any] = {"channels": 1, "image_size": 16, "width": 16, "levels": 2, "batch_size": 32, "lr": 2e-3}
 FEW, MANY, SIGMA = "4 pictures", "4,000 pictures", 0.3
 
 
@@ -243,10 +243,12 @@ FEW, MANY, SIGMA = "4 pictures", "4,000 pictures", 0.3
     Holds("f(c y) = c f(y) to 1e-4", lambda f: max(f[arm]["homogeneity error"] for arm in (FEW, MANY)) < 1e-4),
     Holds("with 4,000 pictures the symmetric part holds 90 % of the Jacobian", lambda f: f[MANY]["symmetric share"] >= 0.9),
     seeds=range(100, 105),
-    note="Pictures of 16 x 16 pixels with a smooth contour between two smooth regions (C², a formula), U-Nets of width 16, 550 "
-    "steps of 64 pictures; noise 0.3. Both networks of a pair start from other weights and see the same noise in the same order. "
+    note="Pictures of 16 x 16 pixels with a smooth contour between two smooth regions (C², a formula), U-Nets of width 16, 1,000 "
+    "steps of 32 pictures; noise 0.3. Both networks of a pair start from other weights and see the same noise in the same order. "
     "The limit of the gap is 0.3 dB. Pictures this small resemble each other, so the correlation with the closest of 4,000 "
-    "stays high without copying.",
+    "stays high without copying. On a development seed the disagreement fell from 0.48 to 0.28, pairs correlated by 0.16 and by "
+    "0.38, and the gap fell from 11 dB to none; but the symmetric part held 84 % of the Jacobian, and disagreement was not yet "
+    "halved. Both come with training: after 700 steps disagreement was 0.34, and the paper trains some hundred times longer.",
 )
 def one_function(lab: Lab) -> Figures:
     """Two networks on 4 pictures each, two on 4,000 each, compared on 1,000 others."""
@@ -260,7 +262,7 @@ def one_function(lab: Lab) -> Figures:
             torch.manual_seed(2 * lab.seed + i)
             config = BlindDenoiser.Config.small(**_TINY, sample_steps=lab.steps(250))
             method = BlindDenoiser(config).to(memory_format=torch.channels_last)  # faster convolutions on a CPU
-            pair.append(lab.fit(method, own, steps=lab.steps(550)))
+            pair.append(lab.fit(method, own, steps=lab.steps(1000)))
         figures[arm] = _compared(lab, arm, pair, train, test)
     return figures
 
