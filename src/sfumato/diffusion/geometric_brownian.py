@@ -108,7 +108,7 @@ class GBMSchedule:
         """
         return x_k * (expand(self.std.square(), k, x_k) * (1 + x_k * score) - expand(self.drift, k, x_k)).exp()
 
-    def start(self, mean: _T, variance: _T) -> tuple[_T, _T]:
+    def start(self, mean: float | Tensor, variance: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
         """Mean and deviation of log x at the last time, N - 1: where to begin.
 
         Args:
@@ -118,7 +118,7 @@ class GBMSchedule:
             `(m, v)`; the log-normal law exp(m + v z) has the first two moments of log x_{N-1}.
         """
         last = self.std[-2].item() ** 2
-        return mean + self.drift[-2].item(), (variance + last) ** 0.5  # type: ignore[operator,return-value]
+        return mean + self.drift[-2].item(), (variance + last) ** 0.5
 
 
 def multiplicative_dsm(
@@ -195,9 +195,7 @@ def ums_step(
     return x * factor
 
 
-def _exponent(
-    x: Tensor, score: Tensor, schedule: GBMSchedule, delta: float, noise: Tensor | None, anneal: float
-) -> Tensor:
+def _exponent(x: Tensor, score: Tensor, schedule: GBMSchedule, delta: float, noise: Tensor | None, anneal: float) -> Tensor:
     variance = delta * schedule.sigma**2
     exponent = variance * (x * score + 1.5) - delta * schedule.mu
     return exponent if noise is None else exponent + anneal * variance**0.5 * noise
@@ -281,7 +279,8 @@ def sample_gbm(
             clamped |= (exponent.abs() > LIMIT).any()
             x = _multiplied(x, exponent)
     if not torch.isfinite(x).all():
-        raise Diverged(f"{sampler} left the finite numbers: take shorter steps (delta), the dls sampler, or train for longer")
+        other = ", or the dls sampler" if sampler == "ums" else ""
+        raise Diverged(f"{sampler} left the finite numbers: train for longer, or take shorter steps (delta){other}")
     if clamped:
         warnings.warn(f"scores were so large that exponents were held at ±{LIMIT:g}: take shorter steps (delta)", stacklevel=2)
     return x
