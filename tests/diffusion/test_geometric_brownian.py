@@ -238,7 +238,7 @@ def test_noise_is_replayed_and_the_generator_decides():
     for k in range(19, 0, -1):
         for _ in range(2):
             score = model(by_hand, torch.full((4,), k))
-            by_hand = dls_step(by_hand, score, GBMSchedule(20), delta=1 / 20, noise=z[i], anneal=factor)
+            by_hand = dls_step(by_hand, score, GBMSchedule(20), delta=1 / 40, noise=z[i], anneal=factor)
             i += 1
         factor *= 0.9
     torch.testing.assert_close(replayed, by_hand)

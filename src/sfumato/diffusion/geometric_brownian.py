@@ -239,8 +239,8 @@ def sample_gbm(
         x: `[n, *shape]`, where to begin instead: pictures pushed through `q_sample`, say.
         sampler: "dls" or "ums".
         steps: times that are visited, evenly spaced; None: all N.
-        delta: length of a step, one for all or one a time visited; None: the distance to the next time (the reverse equation,
-            one step a time; time 0 is left out).
+        delta: length of a step, one for all or one a time visited; None: the distance to the next time, shared by the inner
+            steps (the reverse equation itself; time 0 is left out).
         inner: steps at each time, one for all or one a time.
         anneal: what the factor on the noise, 1 at first, is multiplied by after each time; below 1: sharper samples.
         denoise_steps: steps without noise at time 0, in the end.
@@ -264,18 +264,18 @@ def sample_gbm(
     plan = _plan(schedule, steps, delta, inner, anneal)
     if denoise_delta is None:
         denoise_delta = delta if isinstance(delta, (int, float)) else 1 / len(schedule)
-    plan += [(0, float(denoise_delta), None)] * denoise_steps
+    plan += [(0, float(denoise_delta), 0.0)] * denoise_steps
     x = _beginning(n, tuple(shape), start, generator) if x is None else x
     clamped = torch.zeros((), dtype=torch.bool, device=x.device)
     for i, (k, length, factor) in enumerate(plan):
         score = model(x, torch.full((len(x),), k, device=x.device))
         if callback is not None:
             callback(SamplerStep(i, x, schedule.posterior_x0(x, score, k), schedule.std[k]))
-        z = None if factor is None else draw_step(x, noise, i, generator)
+        z = draw_step(x, noise, i, generator) if factor else None
         if sampler == "ums":
-            x = ums_step(x, score, schedule, delta=length, noise=z, anneal=factor or 0.0)
+            x = ums_step(x, score, schedule, delta=length, noise=z, anneal=factor)
         else:
-            exponent = _exponent(x, score, schedule, length, z, factor or 0.0)
+            exponent = _exponent(x, score, schedule, length, z, factor)
             clamped |= (exponent.abs() > LIMIT).any()
             x = _multiplied(x, exponent)
     if not torch.isfinite(x).all():
@@ -292,19 +292,19 @@ def _plan(
     delta: float | Sequence[float] | None,
     inner: int | Sequence[int],
     anneal: float | Sequence[float],
-) -> list[tuple[int, float, float | None]]:
+) -> list[tuple[int, float, float]]:
     """Time, length and noise factor of every step."""
     N = len(schedule)
     count = N if steps is None else steps
     if not 1 <= count <= N:
         raise BadSetting(f"steps={steps} is not between 1 and the schedule's {N}")
     times = [N - 1 - i * (N // count) for i in range(count)]
-    gaps = [(here - there) / N for here, there in zip(times, [*times[1:], 0])]
+    repeats = _each(inner, count, "inner")
+    gaps = [(here - there) / N / max(1, some) for here, there, some in zip(times, [*times[1:], 0], repeats)]
     lengths = gaps if delta is None else _each(delta, count, "delta")
-    plan: list[tuple[int, float, float | None]] = []
-    factor = 1.0
-    for k, length, repeats, shrink in zip(times, lengths, _each(inner, count, "inner"), _each(anneal, count, "anneal")):
-        plan += [(k, float(length), factor)] * (repeats if length else 0)
+    plan, factor = [], 1.0
+    for k, length, some, shrink in zip(times, lengths, repeats, _each(anneal, count, "anneal")):
+        plan += [(k, float(length), factor)] * (some if length else 0)
         factor *= shrink
     return plan
 
