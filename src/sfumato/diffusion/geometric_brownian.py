@@ -302,7 +302,8 @@ def _plan(
     repeats = _each(inner, count, "inner")
     gaps = [(here - there) / N / max(1, some) for here, there, some in zip(times, [*times[1:], 0], repeats)]
     lengths = gaps if delta is None else _each(delta, count, "delta")
-    plan, factor = [], 1.0
+    plan: list[tuple[int, float, float]] = []
+    factor = 1.0
     for k, length, some, shrink in zip(times, lengths, repeats, _each(anneal, count, "anneal")):
         plan += [(k, float(length), factor)] * (some if length else 0)
         factor *= shrink
