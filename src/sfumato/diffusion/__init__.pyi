@@ -9,6 +9,11 @@ from .diffusion_prior import DiffusionPrior as DiffusionPrior
 from .posterior_sampling import SOLVERS as SOLVERS
 from .posterior_sampling import sample_posterior as sample_posterior
 from .memoriser import memoriser as memoriser
+from .geometric_brownian import GBMSchedule as GBMSchedule
+from .geometric_brownian import dls_step as dls_step
+from .geometric_brownian import multiplicative_dsm as multiplicative_dsm
+from .geometric_brownian import sample_gbm as sample_gbm
+from .geometric_brownian import ums_step as ums_step
 from .predictions import as_denoiser as as_denoiser
 from .predictions import convert as convert
 from .residual import ResidualObjective as ResidualObjective

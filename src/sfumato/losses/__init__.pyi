@@ -36,6 +36,7 @@ from .ranking import pairwise_ranking as pairwise_ranking
 from .relations import feature_distill as feature_distill
 from .relations import relation_kl as relation_kl
 from .relations import value_relation_kl as value_relation_kl
+from .score_matching import nonnegative_score_matching as nonnegative_score_matching
 from .score_matching import sure as sure
 from .stable_softmax import cross_entropy_at as cross_entropy_at
 from .stable_softmax import log_stablemax as log_stablemax

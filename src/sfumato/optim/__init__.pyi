@@ -1,6 +1,7 @@
 from .adahessian import AdaHessian as AdaHessian
 from .adahessian import spatial_average as spatial_average
 from .ema import EMA as EMA
+from .exponentiated import ExponentiatedGradient as ExponentiatedGradient
 from .foreign_state import refuse_foreign_state as refuse_foreign_state
 from .gradient_norm import SurrogateSharpness as SurrogateSharpness
 from .gradient_norm import gradient_norm_penalty as gradient_norm_penalty
