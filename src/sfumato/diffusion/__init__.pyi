@@ -1,4 +1,9 @@
 from .blind_sampling import sample_blind as sample_blind
+from .curriculum import CurriculumTimesteps as CurriculumTimesteps
+from .curriculum import PatiencePacer as PatiencePacer
+from .curriculum import linear_stage as linear_stage
+from .curriculum import lognormal_clusters as lognormal_clusters
+from .curriculum import uniform_clusters as uniform_clusters
 from .predictions import as_denoiser as as_denoiser
 from .predictions import convert as convert
 from .residual import ResidualObjective as ResidualObjective
