@@ -31,6 +31,9 @@ from .collapse import self_duality as self_duality
 from .count_sketch import CountSketch as CountSketch
 from .denoisers import blindness as blindness
 from .denoisers import noise_autocorrelation as noise_autocorrelation
+from .denoising_tasks import linear_denoising_loss as linear_denoising_loss
+from .denoising_tasks import marginal_kl as marginal_kl
+from .denoising_tasks import principal_variances as principal_variances
 from .evaluation import TokenScores as TokenScores
 from .evaluation import extract_features as extract_features
 from .evaluation import finetune_probe as finetune_probe
