@@ -26,6 +26,7 @@ KINDS = {
     "learning-rate": "how large a learning rate is stable, by batch size, and how to move a tuned one to another batch",
     "alignment": "whether kernels point along the targets, and how far they moved while a run was trained: lazy or rich",
     "information": "what each layer tells about its input and about the class: the information plane",
+    "difficulty": "which noise levels a diffusion model finds hard, beside what its data says",
     "precision": "whether rounding ends a classifier's learning: collapsed softmax, gradients along the weights",
 }
 """Every kind, and what it tells. The module is called like the kind, with `_` for `-`."""

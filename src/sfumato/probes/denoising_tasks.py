@@ -123,19 +123,26 @@ def linear_denoising_loss(variances: Tensor, schedule: Schedule, *, predict: str
     """
     if predict not in ("eps", "x0", "v"):
         raise BadSetting(f"there is no denoising loss of {predict!r}: use eps, x0 or v")
-    abar, power = schedule.abar[:, None], variances.double()[None]
-    of_x0 = (power * (1 - abar) / (abar * power + 1 - abar)).mean(1)
-    return of_x0 * {"eps": schedule.snr, "x0": torch.ones_like(schedule.snr), "v": schedule.snr + 1}[predict]
+    power = variances.double()
+    of_x0 = [(power * (1 - a) / (a * power + 1 - a)).mean(1) for a in schedule.abar[:, None].split(_rows(len(power)))]
+    return torch.cat(of_x0) * {"eps": schedule.snr, "x0": torch.ones_like(schedule.snr), "v": schedule.snr + 1}[predict]
+
+
+def _rows(d: int) -> int:
+    """Times worked on at once: pictures of many pixels would fill the memory."""
+    return max(1, (1 << 22) // d)
 
 
 def _of_gaussians(variances: Tensor, mean: Tensor, schedule: Schedule, times: Sequence[int]) -> Tensor:
-    t = torch.as_tensor(list(times))
-    abar, before = schedule.abar[t, None], schedule.abar_prev[t, None]
-    less = before * schedule.betas[t, None]  # before - abar, without cancellation
-    after = abar * variances + 1 - abar
-    more = less * (variances - 1) / after  # r - 1
-    shift = less / (before.sqrt() + abar.sqrt())
-    return ((more - more.log1p()) + shift.square() * mean.square() / after).sum(1) / 2
+    found = []
+    for t in torch.as_tensor(list(times)).split(_rows(len(mean))):
+        abar, before = schedule.abar[t, None], schedule.abar_prev[t, None]
+        less = before * schedule.betas[t, None]  # before - abar, without cancellation
+        after = abar * variances + 1 - abar
+        more = less * (variances - 1) / after  # r - 1
+        shift = less / (before.sqrt() + abar.sqrt())
+        found.append(((more - more.log1p()) + shift.square() * mean.square() / after).sum(1) / 2)
+    return torch.cat(found)
 
 
 def _of_mixtures(x: Tensor, noise: Tensor, schedule: Schedule, times: Sequence[int]) -> Tensor:
