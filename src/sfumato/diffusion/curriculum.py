@@ -1,4 +1,4 @@
-"""Training on some noise levels first: clusters of levels that come one after the other, and what decides when the next one comes.
+"""Training on some noise levels first: clusters of levels that come one after the other, and when the next one comes.
 
     stage s draws from C_π(1) ∪ ... ∪ C_π(s),    s → s + 1 once the loss has not improved for more than τ updates
 
@@ -138,7 +138,13 @@ class PatiencePacer(nn.Module):
                 f"n_stages={n_stages}, patience={patience}, smoothing={smoothing}, min_delta={min_delta}, longest={longest}: "
                 "a pacer takes 1 stage or more, smoothing below 1, a positive longest and nothing negative"
             )
-        self.n_stages, self.patience, self.smoothing, self.min_delta, self.longest = n_stages, patience, smoothing, min_delta, longest
+        self.n_stages, self.patience, self.smoothing, self.min_delta, self.longest = (
+            n_stages,
+            patience,
+            smoothing,
+            min_delta,
+            longest,
+        )
         self.register_buffer("stage", torch.tensor(1))
         for name in ("best", "mean"):  # read only where the age is above 0: a checkpoint holds no infinity
             self.register_buffer(name, torch.tensor(0.0))

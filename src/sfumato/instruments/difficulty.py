@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -101,7 +102,7 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
     variances, _ = principal_variances(_clean(batches))
     entropy = torch.cat([torch.full((1,), math.nan, dtype=torch.float64), _entropy(batches, schedule, settings, generator, None)])
     edges = uniform_clusters(len(schedule), settings.intervals).tolist()
-    spans = list(zip(edges, edges[1:]))
+    spans = list(pairwise(edges))
     seen: list[list[Tensor]] = [[] for _ in spans]
     with progress.until_stopped():
         for draw in range(plan.chosen["draws"]):
@@ -179,7 +180,10 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], sam
         "relative entropy in the first part": f"{parts[0]['relative_entropy'] / total:.1%}" if total else "none",
     }
     middles = [sum(p["times"]) / 2 for p in parts]
-    losses = {"this model": (middles, [p["loss"] for p in parts]), "best linear denoiser": (middles, [p["linear"] for p in parts])}
+    losses = {
+        "this model": (middles, [p["loss"] for p in parts]),
+        "best linear denoiser": (middles, [p["linear"] for p in parts]),
+    }
     axes = {"xlabel": "time (0: least noise)", "height": 260}
     steps = {"KL of a time and the next": (range(1, len(numbers["sigma"])), numbers["relative_entropy"][1:])}
     rows = [
@@ -190,7 +194,9 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], sam
         }
         for p in parts
     ]  # fmt: skip
-    told = f"Squared error of {_PREDICTED[numbers['predict']]}, by the weights that samples are drawn with, over {samples} samples."
+    told = (
+        f"Squared error of {_PREDICTED[numbers['predict']]}, by the weights that samples are drawn with, over {samples} samples."
+    )
     sections = [
         Section("Loss", told, [Plot("curves", losses, {**axes, "ylabel": "loss"})]),
         Section(
@@ -210,7 +216,9 @@ def _notes(settings: Settings, subject: Subject, samples: int) -> list[str]:
     pixels = math.prod(_batches(subject, 1)[0].shape[1:])
     notes = []
     if settings.estimator == "exact":
-        notes.append("the samples are taken for the whole distribution: at little noise they stand apart, and so do the marginals")
+        notes.append(
+            "the samples are taken for the whole distribution: at little noise they stand apart, and so do the marginals"
+        )
     if samples <= pixels:
         notes.append(
             f"{samples} samples span fewer directions than a picture has numbers ({pixels}): the Gaussian and the linear "
@@ -223,14 +231,14 @@ def _words(parts: Sequence[Mapping[str, Any]]) -> str:
     """Where the loss and the divergence are large, and where the network is behind a line."""
     losses, entropies = [p["loss"] for p in parts], [p["relative_entropy"] for p in parts]
     words = []
-    if all(a > b for a, b in zip(losses, losses[1:])):
+    if all(a > b for a, b in pairwise(losses)):
         words.append(f"The less noise, the harder: the loss falls from {losses[0]:.3g} to {losses[-1]:.3g} over the times.")
-    elif all(a < b for a, b in zip(losses, losses[1:])):
+    elif all(a < b for a, b in pairwise(losses)):
         words.append(f"The more noise, the harder: the loss rises from {losses[0]:.3g} to {losses[-1]:.3g} over the times.")
     else:
         worst = max(parts, key=lambda p: p["loss"])
         words.append(f"The loss is largest at times {_span(worst)} ({worst['loss']:.3g}).")
-    if all(a > b for a, b in zip(entropies, entropies[1:])):
+    if all(a > b for a, b in pairwise(entropies)):
         words.append(
             f"The data has its largest steps at low times: {entropies[0] / sum(entropies):.0%} of the "
             "relative entropy lies in the first part, and it falls from each part to the next."

@@ -1,4 +1,4 @@
-"""How hard each time of a diffusion is, told from the data alone: how fast the noisy marginals change, and what a line can denoise.
+"""How hard each time of a diffusion is, told from the data alone: how fast noisy marginals change, and what a linear map denoises.
 
     KL(p_{t-1} || p_t),    p_t the distribution of x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
 
@@ -180,4 +180,3 @@ def _of_moments(a: Tensor, b: Tensor) -> Tensor:
     shift = torch.linalg.solve_triangular(root.L, (a.mean(0) - b.mean(0))[:, None], upper=False)
     values = torch.linalg.eigvalsh((whitened + whitened.T) / 2)
     return (values - 1 - values.log()).sum() / 2 + shift.square().sum() / 2
-

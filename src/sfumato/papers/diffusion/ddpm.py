@@ -112,8 +112,10 @@ class DDPM(Method):
     @torch.no_grad()
     def losses_at(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The loss of pictures in [0, 1] at times and with noise that are given, by the averaged weights: `[B]`."""
-        model, predict = (lambda x, t: self.average(x, t).sample), self.config.predict
-        return denoising_loss(model, 2 * x - 1, t, noise, self.schedule, predict=predict, reduction="none")
+        return denoising_loss(
+            lambda x, t: self.average(x, t).sample, 2 * x - 1, t, noise, self.schedule, predict=self.config.predict,
+            reduction="none",
+        )  # fmt: skip
 
     def steps(self, ctx: Context) -> Generator[Step, Result, None]:
         """One step; then the average follows."""

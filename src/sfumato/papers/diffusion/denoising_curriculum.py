@@ -91,9 +91,8 @@ class DenoisingCurriculum(DDPM):
         c = self.config
         if c.clusters > c.times:
             raise BadSetting(f"clusters={c.clusters} of times={c.times}: take fewer clusters")
-        pacer = PatiencePacer(
-            c.clusters, patience=c.patience, smoothing=c.smoothing, min_delta=c.min_delta, longest=c.longest
-        )  # fmt: skip
+        pace = {"patience": c.patience, "smoothing": c.smoothing, "min_delta": c.min_delta, "longest": c.longest}
+        pacer = PatiencePacer(c.clusters, **pace)
         self.curriculum = CurriculumTimesteps(uniform_clusters(c.times, c.clusters), pacer, order=c.order)
 
     def stage(self, ctx: Context) -> Tensor:
@@ -215,19 +214,16 @@ class _Dense(nn.Module):
 class _OnDigits(DenoisingCurriculum):
     """The method with a dense network in place of the U-Net; it tells how good its samples are while it trains."""
 
-    judge: Callable[[Tensor], float]
-
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, net: nn.Module, judge: Callable[[Tensor], float]) -> None:
         super().__init__(config)
-        self.net = _Dense()
-        self.average = EMA(self.net, decay=config.ema, warmup=True)
+        self.net, self.average, self.judge = copy.deepcopy(net), EMA(net, decay=config.ema, warmup=True), judge
         self.quality: dict[int, float] = {}
-        self.full_at = 0
+        self.steps_before_all = 0
 
     def steps(self, ctx: Context) -> Generator[Step, Result, None]:
         yield from super().steps(ctx)
         done = ctx.step + 1
-        self.full_at += int(self.curriculum.pacer.stage) < self.config.clusters
+        self.steps_before_all += int(self.curriculum.pacer.stage) < self.config.clusters
         if done == ctx.total or done % max(1, ctx.total // 6) == 0:
             self.quality[done] = self.judge(self.sample(1000, torch.Generator().manual_seed(done)))
 
@@ -255,8 +251,17 @@ def _judge(train: Batch, test: Batch) -> Callable[[Tensor], float]:
     return lambda x: frechet_features(features(x), real).item()
 
 
+_TENTHS = [f"times {100 * i} to {100 * i + 99}" for i in range(10)]
+_ARMS: dict[str, dict[str, Any]] = {
+    "uniform": {"clusters": 1},
+    "easy to hard": {},
+    "hard to easy": {"order": "hard_to_easy"},
+    "random order": {"order": "random"},
+}
+
+
 @claim(
-    "Times with little noise are the hard ones: the noisy marginals change faster there, and a network takes longer to learn them",
+    "Times with little noise are the hard ones: noisy marginals change faster there, and a network takes longer to learn them",
     Holds(
         "relative entropy of neighbouring times falls from each tenth of the times to the next",
         lambda f: all(f[a]["relative entropy"] > f[b]["relative entropy"] for a, b in pairwise(_TENTHS)),
@@ -287,12 +292,6 @@ def low_noise_is_hard(lab: Lab) -> Figures:
     return figures
 
 
-_TENTHS = [f"times {100 * i} to {100 * i + 99}" for i in range(10)]
-_ARMS = {
-    "uniform": {"clusters": 1}, "easy to hard": {}, "hard to easy": {"order": "hard_to_easy"}, "random order": {"order": "random"},
-}  # fmt: skip
-
-
 @claim(
     "At equal steps, training from easy to hard times ends with better samples than training on all times at once, and than "
     "training from hard to easy",
@@ -305,15 +304,16 @@ _ARMS = {
 def easy_to_hard(lab: Lab) -> Figures:
     """One network, one sampler, one budget; only the order in which the times come differs."""
     train, test = digits(train=1300, seed=lab.seed)
-    judge, steps, figures = _judge(train, test), lab.steps(3000), {}
+    judge, steps = _judge(train, test), lab.steps(3000)
+    figures: Figures = {}
     figures["real digits"] = {"Fréchet distance": judge(train.x[:1000])}
+    torch.manual_seed(lab.seed)
+    net = _Dense()  # all arms begin at its weights
     for name, over in _ARMS.items():
         settings = {"clusters": 5, "patience": lab.steps(20), "longest": lab.steps(150), "ema": 0.99, "sample_steps": 20, **over}
-        torch.manual_seed(lab.seed)  # all arms begin at the same weights
-        method = _OnDigits(_OnDigits.Config.small(channels=1, image_size=8, width=8, **settings))
-        method.judge = judge
+        method = _OnDigits(_OnDigits.Config.small(channels=1, image_size=8, width=8, **settings), net, judge)
         lab.fit(method, train, steps=steps)
-        figures[name] = {"Fréchet distance": method.quality[steps], "steps before all times": float(method.full_at)}
+        figures[name] = {"Fréchet distance": method.quality[steps], "steps before all times": float(method.steps_before_all)}
         lab.curve(name, list(method.quality), list(method.quality.values()), xlabel="step", ylabel="Fréchet distance")
         lab.picture(name, method.sample(16, lab.generator))
     return figures
