@@ -123,6 +123,14 @@ def test_stages_never_fall_or_skip_and_resume_exactly(losses, patience):
     assert stages[-1] <= 4
 
 
+def test_a_stage_comes_when_it_must():
+    pacer = raw(4, 100)
+    assert [int(pacer.update(1.0, at_least=k)) for k in (1, 3, 2, 9)] == [1, 3, 3, 4]
+    assert pacer.age == 0
+    pacer.update(7.0)
+    assert pacer.best == 7
+
+
 def test_linear_pace():
     stages = [linear_stage(i / 100, 5, share=0.2) for i in range(100)]
     assert stages == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4 + [5] * 84

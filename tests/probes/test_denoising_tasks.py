@@ -19,7 +19,7 @@ def generator(seed=0):
 
 def gaussian(n=4000, scales=(0.5, 0.2), shift=0.0):
     x = torch.randn(n, len(scales), generator=generator(), dtype=torch.float64)
-    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T)).T)  # moments are exact
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T).reshape(2 * [len(scales)])).T)  # moments are exact
     return x * torch.tensor(scales, dtype=torch.float64) + shift
 
 
@@ -29,8 +29,8 @@ def test_digits_have_the_known_divergence():
     for t, value in ((1, 0.82), (10, 0.055), (100, 0.0022), (400, 4.5e-5), (800, 8e-9)):
         assert kl[t - 1].item() == pytest.approx(value, rel=0.02)
     tenths = [kl[max(0, 100 * i - 1) : 100 * i + 99].sum().item() for i in range(10)]
-    known = [2.97, 0.118, 0.034, 0.0095, 0.0023, 4e-4, 5e-5, 4e-6, 2e-7, 9e-9]
-    assert tenths == pytest.approx(known, rel=0.15)
+    known = [2.97, 0.118, 0.034, 0.0095, 0.0023, 4.2e-4, 5.3e-5, 4.5e-6, 2.5e-7, 9.1e-9]
+    assert tenths == pytest.approx(known, rel=0.03)
     assert tenths == sorted(tenths, reverse=True)
 
 
@@ -40,7 +40,7 @@ def test_closed_form_is_the_divergence_of_two_normals_in_one_dimension():
     for t, kl in zip(times, marginal_kl(x, SCHEDULE, times=times), strict=True):
         moments = [(a.sqrt() * 0.4, a * 0.49 + 1 - a) for a in SCHEDULE.abar[[t - 1, t]]]
         p, q = (torch.distributions.Normal(m, v.sqrt()) for m, v in moments)
-        assert kl.item() == pytest.approx(torch.distributions.kl_divergence(p, q).item(), rel=1e-6, abs=1e-15)
+        assert kl.item() == pytest.approx(torch.distributions.kl_divergence(p, q).item(), rel=1e-6)
 
 
 def test_white_noise_stays_what_it_is():
@@ -48,20 +48,22 @@ def test_white_noise_stays_what_it_is():
 
 
 def test_estimators_agree_where_the_data_is_dense():
-    x, times = gaussian(1000), [150, 300, 600, 900]
+    x, times = gaussian(600), [150, 300, 600, 900]
     known = marginal_kl(x, SCHEDULE, times=times)
     exact = marginal_kl(x, SCHEDULE, estimator="exact", times=times, generator=generator(1))
     torch.testing.assert_close(exact, known, rtol=0.12, atol=0)
+    times = times[:2]  # later the noise of the moments is all that is left
     fitted = marginal_kl(x, SCHEDULE, space=lambda y: y, times=times, generator=generator(1))
-    torch.testing.assert_close(fitted, known, rtol=0.12, atol=0)
+    torch.testing.assert_close(fitted, known[:2], rtol=0.12, atol=0)
     turned = marginal_kl(x, SCHEDULE, space=lambda y: y @ torch.ones(2, 2).triu().to(y), times=times, generator=generator(1))
     torch.testing.assert_close(turned, fitted)  # a divergence does not depend on the coordinates
 
 
 def test_of_two_points_the_mixture_is_exact():
-    x = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
-    times, grid = [50, 200, 500], torch.linspace(-9, 9, 20001, dtype=torch.float64)
-    found = marginal_kl(x.repeat(1000, 1), SCHEDULE, estimator="exact", times=times, generator=generator())
+    x = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat_interleave(200)[:, None]
+    quantiles = torch.special.ndtri((torch.arange(200, dtype=torch.float64) + 0.5) / 200).repeat(2)[:, None]
+    times, grid = [50, 120, 200], torch.linspace(-9, 9, 4001, dtype=torch.float64)
+    found = marginal_kl(x, SCHEDULE, estimator="exact", times=times, noise=quantiles)
     for t, kl in zip(times, found, strict=True):
         p, q = (
             sum(torch.distributions.Normal(s * a.sqrt(), (1 - a).sqrt()).log_prob(grid).exp() / 2 for s in (-1, 1))
@@ -69,10 +71,9 @@ def test_of_two_points_the_mixture_is_exact():
         )
         exact = torch.trapezoid(torch.where(p > 1e-300, p * (p / q).log(), 0), grid)
         assert kl.item() == pytest.approx(exact.item(), rel=0.1)
-    again = marginal_kl(x.repeat(1000, 1), SCHEDULE, estimator="exact", times=times, generator=generator())
-    assert torch.equal(found, again)
-    noise = torch.randn(2000, 1, generator=generator(), dtype=torch.float64)
-    assert torch.equal(found, marginal_kl(x.repeat(1000, 1), SCHEDULE, estimator="exact", times=times, noise=noise))
+    drawn = [marginal_kl(x, SCHEDULE, estimator="exact", times=times, generator=generator(s)) for s in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_axes_that_samples_do_not_span_have_no_variance(monkeypatch):
@@ -97,7 +98,7 @@ def test_no_linear_denoiser_is_better(predict):
         "x0": signal, "eps": (1 - abar.sqrt() * signal) / (1 - abar).sqrt(), "v": (abar.sqrt() - signal) / (1 - abar).sqrt()
     }  # fmt: skip
     noise, t = torch.randn(x.shape, generator=generator(2), dtype=torch.float64), torch.full((len(x),), 300)
-    for factor, better in ((1.0, True), (0.9, False), (1.1, False)):
+    for factor, better in ((1.0, True), (0.6, False), (1.4, False)):
         found = denoising_loss(lambda y, _, f=factor: f * slope[predict] * y, x, t, noise, SCHEDULE, predict=predict).item()
         assert (found == pytest.approx(loss[300].item(), rel=0.02)) == better
         assert found > 0.98 * loss[300].item()

@@ -152,11 +152,12 @@ class PatiencePacer(nn.Module):
             self.register_buffer(name, torch.tensor(0))
 
     @torch.no_grad()
-    def update(self, loss: Tensor | float) -> Tensor:
+    def update(self, loss: Tensor | float, *, at_least: int = 1) -> Tensor:
         """Take in the loss of a step; call once after each.
 
         Args:
             loss: a finite scalar, on the device of the pacer.
+            at_least: the stage that must have come by now, whatever the loss, such as `linear_stage` gives.
 
         Returns:
             The stage from now on, an int64 scalar.
@@ -170,9 +171,9 @@ class PatiencePacer(nn.Module):
         over = waited > self.patience
         if self.longest is not None:
             over = over | (age >= self.longest)
-        over = over & (self.stage < self.n_stages)
-        self.stage = self.stage + over
-        self.waited, self.age = waited * ~over, age * ~over  # losses of different stages are not compared
+        stage = (self.stage + over).clamp(min=at_least).clamp(max=self.n_stages)
+        same = stage == self.stage
+        self.stage, self.waited, self.age = stage, waited * same, age * same  # losses of different stages are not compared
         return self.stage
 
 

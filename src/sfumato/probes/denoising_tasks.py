@@ -1,4 +1,4 @@
-"""How hard each time of a diffusion is, told from the data alone: how fast noisy marginals change, and what a linear map denoises.
+"""How hard each time of a diffusion is, told from the data alone: how fast noisy marginals change, what a linear map denoises.
 
     KL(p_{t-1} || p_t),    p_t the distribution of x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
 
@@ -51,7 +51,8 @@ def marginal_kl(
         estimator: "gaussian" takes samples, or their features, for a Gaussian of their moments; "exact" takes the n samples for
             the whole distribution, so that every marginal is a mixture of n Gaussians (the divergence of two is a mean over one
             draw from each of them).
-        space: `space(x_t)` gives features `[n, d]`; None: the data itself. Not for "exact".
+        space: `space(x_t)` gives features `[n, d]`; None: the data itself. Not for "exact". Their moments are those of one
+            draw; what its noise adds outweighs the divergence at high noise.
         times: t of each pair, 1 to T - 1; None: all of them.
         noise: standard normal, like `data`, instead of drawing it.
         generator: source of the noise, on the data's device; nothing is drawn for "gaussian" without a space.

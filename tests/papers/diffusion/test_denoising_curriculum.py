@@ -24,7 +24,7 @@ PICTURES = digits()[0].x[:128]
 
 def small(kind=DenoisingCurriculum, **over):
     torch.manual_seed(0)
-    settings = {"channels": 1, "image_size": 8, "width": 8, "batch_size": 16, "sample_steps": 5, **over}
+    settings = {"channels": 1, "image_size": 8, "width": 8, "batch_size": 16, "sample_steps": 5, "share": None, **over}
     return kind(kind.Config.small(**settings))
 
 
@@ -52,7 +52,7 @@ def test_it_begins_with_the_noisiest_times_and_ends_with_all():
     for step, t in enumerate(seen):
         assert t.min() >= 250 * (3 - min(3, step // 3))
     assert torch.cat(seen[9:]).min() < 250
-    assert int(method.curriculum.pacer.stage) == 4
+    assert int(method.pacer.stage) == 4
     assert method.average.updates == 14
 
 
@@ -72,7 +72,15 @@ def test_linear_pacing_reads_the_progress_alone():
     method = small(pacing="linear", clusters=4, share=0.5, patience=0)
     stages = [int(method.loss(Batch(PICTURES[:2], torch.arange(2)), context(i, 8)).logs["stage"]) for i in range(8)]
     assert stages == [1, 2, 3, 4, 4, 4, 4, 4]
-    assert small(pacing="linear").curriculum.pacer.stage == 1
+    assert int(small(pacing="linear", clusters=5).stage(context(159, 1000))) == 4
+    assert int(small(pacing="linear", clusters=5).stage(context(160, 1000))) == 5
+
+
+def test_patience_may_not_take_more_than_its_share():
+    method = small(clusters=5, share=0.25, patience=1000)
+    fit(method, PICTURES, steps=12, progress=False, device="cpu")
+    assert int(method.pacer.stage) == 5
+    assert int(method.pacer.age) >= 8
 
 
 def test_the_pacer_sees_the_loss_of_all_processes():
@@ -81,8 +89,8 @@ def test_the_pacer_sees_the_loss_of_all_processes():
     next(training)
     with pytest.raises(StopIteration):
         training.send(Result(torch.tensor(5.0), {}))
-    assert method.curriculum.pacer.best == 5
-    assert method.curriculum.pacer.age == 1
+    assert method.pacer.best == 5
+    assert method.pacer.age == 1
 
 
 @pytest.mark.parametrize("pacing", ["patience", "linear"])
@@ -111,7 +119,7 @@ class Killed(DenoisingCurriculum):
 
 
 def test_a_stopped_run_goes_on_as_if_never_stopped(tmp_path):
-    settings = {"clusters": 5, "patience": 0, "smoothing": 0.5, "order": "random"}
+    settings = {"clusters": 5, "longest": 3, "smoothing": 0.5, "order": "random"}
     whole, broken = (Run.create(tmp_path, "denoising-curriculum") for _ in range(2))
     for run in (whole, broken):
         run.write_config({"slug": "denoising-curriculum"})
@@ -122,7 +130,7 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(tmp_path):
         fit(first, PICTURES, steps=12, run=broken, save_every=4, progress=False, device="cpu")
     other.curriculum.low.copy_(other.curriculum.low.flip(0))  # another random order
     resumed = fit(other, PICTURES, run=broken, progress=False, device="cpu")
-    assert int(resumed.curriculum.pacer.stage) > 1
+    assert int(resumed.pacer.stage) > 1
     mine, theirs = straight.state_dict(), resumed.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items() if torch.is_tensor(value))
     a, b = (method.sample(2, torch.Generator().manual_seed(0)) for method in (straight, resumed))
@@ -186,9 +194,9 @@ def test_steps_until_the_loss_stays_low():
 
 
 def test_difficulty_claim_in_small():
-    figures = low_noise_is_hard(Lab(0, budget=0.1))
+    figures = low_noise_is_hard(Lab(0, budget=0.04))
     assert len(figures) == 12
-    assert all(0 < v["steps to converge"] <= 30 for v in figures.values())
+    assert all(0 < v["steps to converge"] <= 12 for v in figures.values())
     findings = judge(low_noise_is_hard, [figures]).findings
     assert findings[0].verdict.value == "reproduced"
     tenths = list(figures)[:10]
@@ -204,5 +212,5 @@ def test_training_claim_in_small():
     assert min(distances, key=distances.get) == "real digits"
     assert len(set(distances.values())) == 5
     assert figures["uniform"]["steps before all times"] == 0
-    assert figures["easy to hard"]["steps before all times"] == 3  # a stage ends after one step
+    assert 0 < figures["easy to hard"]["steps before all times"] <= 3
     assert {curve["arm"] for curve in lab.curves} == set(figures) - {"real digits"}
