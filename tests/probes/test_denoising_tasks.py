@@ -19,7 +19,8 @@ def generator(seed=0):
 
 def gaussian(n=4000, scales=(0.5, 0.2), shift=0.0):
     x = torch.randn(n, len(scales), generator=generator(), dtype=torch.float64)
-    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T).reshape(2 * [len(scales)])).T)  # moments are exact
+    root = torch.linalg.cholesky(torch.cov(x.T).reshape(2 * [len(scales)]))
+    x = (x - x.mean(0)) @ torch.linalg.inv(root).T  # moments are exact
     return x * torch.tensor(scales, dtype=torch.float64) + shift
 
 
