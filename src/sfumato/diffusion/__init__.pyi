@@ -14,6 +14,11 @@ from .geometric_brownian import dls_step as dls_step
 from .geometric_brownian import multiplicative_dsm as multiplicative_dsm
 from .geometric_brownian import sample_gbm as sample_gbm
 from .geometric_brownian import ums_step as ums_step
+from .curriculum import CurriculumTimesteps as CurriculumTimesteps
+from .curriculum import PatiencePacer as PatiencePacer
+from .curriculum import linear_stage as linear_stage
+from .curriculum import lognormal_clusters as lognormal_clusters
+from .curriculum import uniform_clusters as uniform_clusters
 from .predictions import as_denoiser as as_denoiser
 from .predictions import convert as convert
 from .residual import ResidualObjective as ResidualObjective

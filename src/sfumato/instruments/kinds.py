@@ -27,6 +27,7 @@ KINDS = {
     "alignment": "whether kernels point along the targets, and how far they moved while a run was trained: lazy or rich",
     "information": "what each layer tells about its input and about the class: the information plane",
     "harmonic": "in which patterns a denoiser shrinks a picture, and whether it is a shrinkage at all",
+    "difficulty": "which noise levels a diffusion model finds hard, beside what its data says",
     "precision": "whether rounding ends a classifier's learning: collapsed softmax, gradients along the weights",
     "hallucination": "which of a diffusion run's own samples it was undecided about, by the variance of their trajectories",
 }

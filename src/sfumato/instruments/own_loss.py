@@ -45,6 +45,11 @@ class OwnLoss(nn.Module):
         value = loss.value * torch.as_tensor(share, dtype=loss.value.dtype, device=loss.value.device)
         return value.expand(len(numbers))
 
+    @property
+    def batches(self) -> list[Batch]:
+        """The samples as the method trains on them, on the CPU."""
+        return self._held.batches
+
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The data of a probe: the number of its batch for every sample, twice."""
         numbers = [torch.full((len(b),), i) for i, b in enumerate(self._held.batches)]

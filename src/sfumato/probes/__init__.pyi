@@ -42,6 +42,9 @@ from .directions import attribute_direction as attribute_direction
 from .directions import jacobian_directions as jacobian_directions
 from .directions import pca_directions as pca_directions
 from .directions import project_out as project_out
+from .denoising_tasks import linear_denoising_loss as linear_denoising_loss
+from .denoising_tasks import marginal_kl as marginal_kl
+from .denoising_tasks import principal_variances as principal_variances
 from .evaluation import TokenScores as TokenScores
 from .evaluation import extract_features as extract_features
 from .evaluation import finetune_probe as finetune_probe

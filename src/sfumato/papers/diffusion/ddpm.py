@@ -104,10 +104,22 @@ class DDPM(Method):
             side = tuple(batch.x.shape[1:])
             raise BadData(f"pictures are {side}, the network takes {self.shape}: set image_size and channels, or resize them")
         x0 = 2 * batch.x - 1
-        t = uniform_t(len(batch), len(self.schedule), generator=ctx.generator).to(x0.device)
+        t = self.draw_times(len(batch), ctx).to(x0.device)
         noise = torch.randn(x0.shape, generator=ctx.generator, device=x0.device, dtype=x0.dtype)
         value = denoising_loss(lambda x, t: self.net(x, t).sample, x0, t, noise, self.schedule, predict=self.config.predict)
         return Loss(value, len(batch))
+
+    def draw_times(self, n: int, ctx: Context) -> Tensor:
+        """At which times a training batch of `n` pictures is made: `[n]` int64."""
+        return uniform_t(n, len(self.schedule), generator=ctx.generator)
+
+    @torch.no_grad()
+    def losses_at(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The loss of pictures in [0, 1] at times and with noise that are given, by the averaged weights: `[B]`."""
+        return denoising_loss(
+            lambda x, t: self.average(x, t).sample, 2 * x - 1, t, noise, self.schedule, predict=self.config.predict,
+            reduction="none",
+        )  # fmt: skip
 
     def steps(self, ctx: Context) -> Generator[Step, Result, None]:
         """One step; then the average follows."""
