@@ -311,7 +311,7 @@ def draws_points(method: Any) -> bool:
 
 def capabilities(method: Method) -> dict[str, type]:
     """What a method can do, by the verb a person would use; what it is there for comes first."""
-    verbs = {
+    verbs: dict[str, type] = {
         "restore": Restorer, "search": Searcher, "predict": Predictor, "predict-objects": ObjectPredictor, "sample": Sampler,
         "edit": Editor, "encode": Encoder,
     }  # fmt: skip

@@ -143,7 +143,7 @@ class DiffusionPrior(nn.Module):
             generator = torch.Generator(self.device).manual_seed(0)
         linear = hasattr(physics, "A_adjoint")
         with torch.no_grad():
-            size = (physics.A_adjoint(inputs) if linear else inputs).shape[-2:]
+            size: Any = (physics.A_adjoint(inputs) if linear else inputs).shape[-2:]
         restored = sample_posterior(
             self._tiled, inputs, physics, self.schedule, method=solver, codec=PaddedCodec(self.codec, size, self.stride),
             steps=steps, inner=inner, eta=eta, lam=lam, weighting=weighting, gamma=gamma, sigma=noise_level(physics),
@@ -166,6 +166,9 @@ class DiffusionPrior(nn.Module):
 
 class _Conditioned(nn.Module):
     """A network of diffusers with one condition for all samples."""
+
+    unet: Any
+    cond: Tensor | None
 
     def __init__(self, unet: nn.Module, cond: Tensor | None) -> None:
         super().__init__()

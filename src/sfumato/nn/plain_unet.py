@@ -83,10 +83,9 @@ class PlainUNet(nn.Module):
         self._norm, self._act, self._gain, self._bias = norm, act, gain, norm != "bias_free"
         self.down: nn.Module = nn.AvgPool2d(2) if down == "avg" else nn.MaxPool2d(2)
         outer = list(widths[:-1])
-        self.encoders = nn.ModuleList(
-            self._block([before, *[w] * convs]) for before, w in zip([cin, *outer], widths, strict=True)
-        )
-        self.encoders[0][1] = nn.Identity()  # the first convolution is not normalised
+        blocks = [self._block([before, *[w] * convs]) for before, w in zip([cin, *outer], widths, strict=True)]
+        blocks[0][1] = nn.Identity()  # the first convolution is not normalised
+        self.encoders = nn.ModuleList(blocks)
         self.skips = nn.ModuleDict({f"level{i}": nn.Identity() for i in range(len(outer))})
         self.ups = nn.ModuleList(self._up(below, w, up) for w, below in zip(outer, widths[1:], strict=True))
         ends = [cout, *outer[1:]]  # the last convolution of all gives the result, plainly

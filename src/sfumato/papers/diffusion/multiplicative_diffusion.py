@@ -34,7 +34,7 @@ from sfumato.diffusion.schedules import expand
 from sfumato.errors import BadData
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.metrics import GaussianStats, frechet_features
-from sfumato.nn import ConvEncoder, small_unet
+from sfumato.nn import MaskedConvEncoder, small_unet
 from sfumato.optim import EMA
 from sfumato.papers.diffusion.ddpm import DDPM
 
@@ -266,7 +266,7 @@ def _classifier(train: Batch, lab: Lab) -> Callable[[Tensor], Tensor]:
     """Features of a small network that was taught to tell the digits apart: `[N, 1, 8, 8]` to `[N, 32]`."""
     assert train.label is not None
     torch.manual_seed(lab.seed)
-    encoder, generator = ConvEncoder("small", 1, dim=32), lab.generator
+    encoder, generator = MaskedConvEncoder("small", 8, 1, scales=1, model_settings={"dim": 32}, sparse=False), lab.generator
     head = nn.Linear(encoder.dim, 10)
     optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], 3e-3)
     for _ in range(lab.steps(200)):
