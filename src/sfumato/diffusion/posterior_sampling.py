@@ -119,7 +119,7 @@ def sample_posterior(
     codec = IdentityCodec() if codec is None else codec
     stride = len(schedule) // steps
     with torch.no_grad():
-        back = physics.A_adjoint(y) if transposed else None
+        back: Any = physics.A_adjoint(y) if transposed else None
         z0 = codec.encode(back if start is None else start)
         z = schedule.q_sample(z0, (steps - 1) * stride, draw_step(z0, None, 0, generator))
         _check_physics(physics, codec, z, y)
