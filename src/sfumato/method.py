@@ -315,7 +315,7 @@ def capabilities(method: Method) -> dict[str, type]:
         "restore": Restorer, "search": Searcher, "predict": Predictor, "predict-objects": ObjectPredictor, "sample": Sampler,
         "edit": Editor, "encode": Encoder,
     }  # fmt: skip
-    able = {verb: kind for verb, kind in verbs.items() if isinstance(method, kind)}
+    able: dict[str, type] = {verb: kind for verb, kind in verbs.items() if isinstance(method, kind)}
     if "restore" in able and method.needs_physics:
         able["restore"] = able.pop("restore")  # what it can do besides
     return able

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deepinv.physics import Blur, Denoising, DownsamplingMatlab, GaussianNoise, Inpainting, Physics
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, UNet2DConditionModel, UNet2DModel, VQModel
 
 from sfumato.diffusion import DiffusionPrior, Schedule, beta_schedule
 from sfumato.diffusion import diffusion_prior as module
@@ -180,7 +180,7 @@ def test_pipelines_of_another_kind_are_refused(tmp_path):
     with pytest.raises(BadCheckpoint, match="no pipeline"):
         DiffusionPrior.open(tmp_path / "nowhere")
     good = {"unet": attending(), "vae": vae(), "scheduler": scheduler()}
-    quantised = SimpleNamespace(config=SimpleNamespace(vq_embed_dim=4))
+    quantised = VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     for over, words in (
         ({"vae": quantised}, "AutoencoderKL"),
         ({"unet": small_unet(8, 9, 4, width=8, mults=(1, 2))}, "plain one"),

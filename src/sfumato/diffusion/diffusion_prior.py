@@ -49,6 +49,7 @@ class DiffusionPrior(nn.Module):
     """
 
     needs_physics: ClassVar[bool] = True
+    model: Any
 
     def __init__(
         self,
@@ -84,9 +85,13 @@ class DiffusionPrior(nn.Module):
             BadCheckpoint: no pipeline there, or one that is not of this kind.
             BadSetting: a network that needs `cond` and has none.
         """
+        from diffusers import AutoencoderKL
+
         pipeline = _pipeline(source) if isinstance(source, (str, Path)) else source
-        unet, vae = pipeline.unet.eval().requires_grad_(False), getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
-        if vae is not None and not hasattr(vae.config, "latent_channels"):
+        unet = pipeline.unet.eval().requires_grad_(False)
+        vae: Any = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+        other = vae is not None and not isinstance(vae, AutoencoderKL)
+        if other:
             raise BadCheckpoint(f"{type(vae).__name__} is no AutoencoderKL: give a pipeline that has one, or none")
         codec = None if vae is None else DiffusersVAE(vae, scale=vae.config.get("scaling_factor") or 1.0)
         channels = unet.config.in_channels if vae is None else vae.config.in_channels
@@ -143,11 +148,12 @@ class DiffusionPrior(nn.Module):
             generator = torch.Generator(self.device).manual_seed(0)
         linear = hasattr(physics, "A_adjoint")
         with torch.no_grad():
-            size: Any = (physics.A_adjoint(inputs) if linear else inputs).shape[-2:]
+            height, width = (physics.A_adjoint(inputs) if linear else inputs).shape[-2:]
+        codec = PaddedCodec(self.codec, (height, width), self.stride)
         restored = sample_posterior(
-            self._tiled, inputs, physics, self.schedule, method=solver, codec=PaddedCodec(self.codec, size, self.stride),
-            steps=steps, inner=inner, eta=eta, lam=lam, weighting=weighting, gamma=gamma, sigma=noise_level(physics),
-            ancestral=ancestral, predict=self.prediction, clip=isinstance(self.codec, SignedCodec),
+            self._tiled, inputs, physics, self.schedule, method=solver, codec=codec, steps=steps, inner=inner, eta=eta,
+            lam=lam, weighting=weighting, gamma=gamma, sigma=noise_level(physics), ancestral=ancestral,
+            predict=self.prediction, clip=isinstance(self.codec, SignedCodec),
             start=None if linear else inputs, project=_exact_mask(physics) if project is None else project, generator=generator,
         )  # fmt: skip
         return restored.clamp(0, 1)
