@@ -84,9 +84,9 @@ class PlainUNet(nn.Module):
         self.down: nn.Module = nn.AvgPool2d(2) if down == "avg" else nn.MaxPool2d(2)
         outer = list(widths[:-1])
         self.encoders = nn.ModuleList(
-            self._block([before, *[w] * convs]) for before, w in zip([cin, *outer], widths, strict=True)
+            self._block([before, *[w] * convs], first=i == 0)
+            for i, (before, w) in enumerate(zip([cin, *outer], widths, strict=True))
         )
-        self.encoders[0][1] = nn.Identity()  # the first convolution is not normalised
         self.skips = nn.ModuleDict({f"level{i}": nn.Identity() for i in range(len(outer))})
         self.ups = nn.ModuleList(self._up(below, w, up) for w, below in zip(outer, widths[1:], strict=True))
         ends = [cout, *outer[1:]]  # the last convolution of all gives the result, plainly
@@ -117,10 +117,13 @@ class PlainUNet(nn.Module):
             x = block(torch.cat([up(x), skips.pop()], 1))
         return x
 
-    def _block(self, channels: Sequence[int], *, last: bool = False) -> nn.Sequential:
+    def _block(self, channels: Sequence[int], *, first: bool = False, last: bool = False) -> nn.Sequential:
+        """The very first convolution is not normalised, the very last one stands alone."""
         layers: list[nn.Module] = []
         for a, b in itertools.pairwise(channels):
             layers += [self._conv(a, b), self._normalised(b), ACTIVATIONS[self._act]()]
+        if first:
+            layers[1] = nn.Identity()
         return nn.Sequential(*(layers[:-2] if last else layers))
 
     def _conv(self, a: int, b: int) -> nn.Conv2d:
