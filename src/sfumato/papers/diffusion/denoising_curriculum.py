@@ -320,7 +320,7 @@ def easy_to_hard(lab: Lab) -> Figures:
     for name, over in _ARMS.items():
         settings = {"clusters": 5, "patience": lab.steps(20), "ema": 0.99, "sample_steps": 20, **over}
         method = _OnDigits(
-            _OnDigits.Config.small(channels=1, image_size=8, width=8, **settings), net, judge, max(100, lab.steps(1000))
+            _OnDigits.Config.small(channels=1, image_size=8, width=8, **settings), net, judge, max(100, lab.steps(2000))
         )
         lab.fit(method, train, steps=steps)
         figures[name] = {"Fréchet distance": method.quality[steps], "steps before all times": float(method.steps_before_all)}
