@@ -84,6 +84,11 @@ def test_the_gradient_of_the_trace_is_the_reference_on_average(mixture, trace, h
     assert torch.allclose(got, V["grad_hessian_trace"], rtol=0, atol=tolerance)
 
 
+def test_the_trace_can_be_weighted_by_the_noise(mixture):
+    constant, variance = (slopes(mixture, eta=0.0, lam=1.0, weighting=w) for w in ("constant", "variance"))
+    assert torch.allclose(variance, (1 - V["abar"]) * constant, atol=1e-10)
+
+
 def test_one_probe_of_the_trace_is_the_reference(mixture):
     score = mixture.noised(V["abar"]).score
     got = divergence(score, V["z"], method="fd", h=V["fd_h"], noise=V["probe"][None])
@@ -218,6 +223,7 @@ def test_what_is_wrong_is_told_in_a_line(mixture):
         ({"steps": 0}, "between 1 and"),
         ({"steps": 1001}, "between 1 and"),
         ({"inner": 0}, "inner=0"),
+        ({"weighting": "none"}, "constant or variance"),
         ({"eta": -1.0}, "eta=-1"),
         ({"lam": float("nan")}, "lam=nan"),
         ({"ancestral": 2.0}, "ancestral=2"),
