@@ -173,7 +173,20 @@ def test_doctor(sfumato):
 
 
 def test_every_command_has_help_with_examples(sfumato):
-    for command in ("papers", "show", "train", "apply", "sample", "edit", "export", "compare", "probe", "reproduce", "doctor", "demo"):
+    for command in (
+        "papers",
+        "show",
+        "train",
+        "apply",
+        "sample",
+        "edit",
+        "export",
+        "compare",
+        "probe",
+        "reproduce",
+        "doctor",
+        "demo",
+    ):
         done = sfumato(command, "--help")
         assert done.code == 0
         assert "Examples" in done.out, command

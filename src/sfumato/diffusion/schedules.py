@@ -119,8 +119,8 @@ class Schedule:
     def levels(self, n: int) -> Tensor:
         """`[n + 1]` noise levels for `sample_euler` and `sample_heun`: `edm_sigmas`, each at the nearest in the table, then 0.
 
-        A network that was trained at these times is asked for nothing between them; at the quiet end, where many levels lie closer
-        than the times do, some repeat.
+        A network that was trained at these times is asked for nothing between them; where many levels lie closer than the times
+        do, at the quiet end, some repeat.
         """
         low, high = (self.sigma[i].clamp(0.002, 80.0).item() for i in (0, -1))
         wanted = edm_sigmas(n, low=low, high=high)[:-1]

@@ -3,7 +3,8 @@
     L = mean |f(x_t, t) - eps|²,    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,    t ~ U{0, ..., T - 1}
 
 on pictures in [-1, 1]. Samples are drawn with the moving average of the weights: by DDIM, by DDPM (ancestral; the paper's where
-it takes all times), or along the probability flow by Euler's or Heun's rule. Told how pictures were degraded it restores them too (`sfumato.diffusion.sample_posterior`), though it has never seen a degraded one.
+it takes all times), or along the probability flow by Euler's or Heun's rule. Told how pictures were degraded it restores them
+too (`sfumato.diffusion.sample_posterior`), though it has never seen a degraded one.
 
 Source: Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020 (arXiv 2006.11239).
 
