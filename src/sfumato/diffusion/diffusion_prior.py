@@ -147,8 +147,9 @@ class DiffusionPrior(nn.Module):
         if self.channels not in (None, channels):
             raise BadData(f"these are pictures of {channels} channels, and the model was trained on {self.channels}")
         restored = sample_posterior(
-            self._tiled, inputs, physics, self.schedule, method=solver, steps=steps, inner=inner,
-            codec=PaddedCodec(self.codec, (height, width), self.stride), eta=eta, lam=lam, weighting=weighting, gamma=gamma, sigma=noise_level(physics),
+            self._tiled, inputs, physics, self.schedule, method=solver,
+            codec=PaddedCodec(self.codec, (height, width), self.stride),
+            steps=steps, inner=inner, eta=eta, lam=lam, weighting=weighting, gamma=gamma, sigma=noise_level(physics),
             ancestral=ancestral, predict=self.prediction, clip=isinstance(self.codec, SignedCodec),
             start=None if linear else inputs, project=_exact_mask(physics) if project is None else project, generator=generator,
         )  # fmt: skip
