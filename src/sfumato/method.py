@@ -252,7 +252,10 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class TrajectorySampler(Protocol):
-    """Draws samples in steps that can be watched: `callback` is told of each (a `diffusion.SamplerStep`) before its update."""
+    """Draws samples in steps that can be watched: `callback` is told of each (a `diffusion.SamplerStep`) before its update.
+
+    The x0 of a step is in the units of the points, or, of pictures, in [-1, 1].
+    """
 
     @property
     def trajectory_steps(self) -> int:

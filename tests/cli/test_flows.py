@@ -173,7 +173,20 @@ def test_doctor(sfumato):
 
 
 def test_every_command_has_help_with_examples(sfumato):
-    for command in ("papers", "show", "train", "apply", "edit", "export", "compare", "probe", "reproduce", "doctor", "demo"):
+    for command in (
+        "papers",
+        "show",
+        "train",
+        "apply",
+        "sample",
+        "edit",
+        "export",
+        "compare",
+        "probe",
+        "reproduce",
+        "doctor",
+        "demo",
+    ):
         done = sfumato(command, "--help")
         assert done.code == 0
         assert "Examples" in done.out, command
@@ -194,6 +207,19 @@ def test_draw_new_pictures(sfumato, tmp_path, my_photos):
     assert sfumato("sample", run, "-n", "3", "-o", "drawn").code == 0
     assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["0.png", "1.png", "2.png"]
     assert "no picture" in sfumato("sample", run, "-o", "grid.txt").err
+    plain = np.asarray(Image.open(tmp_path / "a.png"))
+    for words in ("--steps 4", "--eta 0.5", "--sampler ddpm", "--sampler euler --steps 4", "--sampler heun --steps 4"):
+        assert sfumato("sample", run, "-n", "4", "-o", "other.png", *words.split()).code == 0
+        assert (np.asarray(Image.open(tmp_path / "other.png")) != plain).any(), words
+    done = sfumato("sample", run, "-n", "4", "-o", "drawn.gif", "--sampler", "heun", "--steps", "70")
+    assert "35 of the steps, then the 4 pictures" in done.out  # at most 60: every second one
+    with Image.open(tmp_path / "drawn.gif") as film:
+        assert (film.size, film.info["duration"]) == ((38, 38), 80)
+        film.seek(film.n_frames - 1)
+        assert film.info["duration"] >= 2000
+        seen = np.asarray(film.convert("RGB")).astype(int)
+    assert sfumato("sample", run, "-n", "4", "-o", "end.png", "--sampler", "heun", "--steps", "70").code == 0
+    assert np.abs(seen - np.asarray(Image.open(tmp_path / "end.png"))).mean() < 8  # a .gif has 256 colours
     done = sfumato("sample", run, "-n", "4", "-o", "kept.npz", "--keep", "0.8", "--window", "0:2")
     assert done.code == 0, done.err
     assert "drew 5, dropped the 1 whose expected end varied most over steps 0 to 2 of 2" in done.err
@@ -202,6 +228,12 @@ def test_draw_new_pictures(sfumato, tmp_path, my_photos):
         (["--keep", "1.5"], "share above 0"),
         (["--window", "0:2"], "give --keep too"),
         (["--keep", "0.9", "--window", "1:2"], "two or more of the 2 steps"),
+        (["--steps", "1001"], "knows 1000 noise levels"),
+        (["--steps", "0"], "greater than 0"),
+        (["--sampler", "plms"], "'ddim', 'ddpm', 'euler' or 'heun'"),
+        (["--eta", "1.5"], "less than or equal to 1"),
+        (["--eta", "0.5", "--sampler", "heun"], "leave it out"),
+        (["--keep", "0.5", "-o", "drawn.gif"], "leave one of them out"),
     ):
         done = sfumato("sample", run, "-o", "grid.png", *words)
         assert done.code == 2
@@ -218,6 +250,7 @@ def test_points_are_learned_drawn_and_probed(sfumato, tmp_path):
     assert sfumato("sample", run, "-n", "24", "-o", "points.npz", "--keep", "0.96").code == 0
     assert np.load(tmp_path / "points.npz")["x"].shape == (24, 1)
     assert "end it in .npz" in sfumato("sample", run, "-o", "grid.png").err
+    assert "a way of its own" in sfumato("sample", run, "-o", "points.npz", "--steps", "5").err
     done = sfumato("probe", "hallucination", run, "--device", "cpu", "--set", "samples=20")
     assert done.code == 0, done.err
     assert "stand out" in done.out

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, UNet2DConditio
 
 from sfumato.diffusion import DiffusionPrior, Schedule, beta_schedule
 from sfumato.diffusion import diffusion_prior as module
-from sfumato.errors import BadCheckpoint, BadSetting
+from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.nn import small_unet
 
 
@@ -73,6 +73,17 @@ def test_without_a_physics_it_cannot_and_without_a_transpose_it_can(prior):
     with pytest.raises(BadSetting, match="physics"):
         prior.restore(x)
     assert prior.restore(x.square(), Physics(A=lambda x, **_: x.square()), **QUICK).shape == x.shape
+
+
+def test_measurements_of_another_physics_are_refused_in_a_line(prior):
+    x, mask = torch.rand(1, 1, 9, 8), torch.ones(1, 8, 8)
+    with pytest.raises(BadData, match=r"does not take measurements of shape .1, 1, 9, 8."):
+        prior.restore(x, Inpainting((1, 8, 8), mask=mask), **QUICK)
+    grey = DiffusionPrior(prior.model, prior.schedule, stride=2, channels=1)
+    with pytest.raises(BadData, match="3 channels, and the model was trained on 1"):
+        grey.restore(torch.rand(1, 3, 8, 8), Denoising(), **QUICK)
+    with pytest.raises(BadSetting, match="one by one"):
+        prior.restore(torch.rand(2, 1, 8, 8), Denoising(GaussianNoise(torch.tensor([0.1, 0.2]))), **QUICK)
 
 
 def test_the_noise_of_the_physics_is_heeded(prior, monkeypatch):

@@ -242,5 +242,11 @@ def test_a_trajectory_that_is_lost_is_refused_with_its_step(mixture):
     def breaks(z, t):
         return mixture.noised(SCHEDULE.abar[t[0]]).score(z) * (1 if t[0] > 500 else float("nan"))
 
-    with pytest.raises(Diverged, match=r"stsl is no longer finite at step 3 of 5 \(t=400\)"):
+    with pytest.raises(Diverged, match=r"2 of 2 samples broke off: from step 3 of 5 on .* make eta="):
         run(breaks, V["y"][:2], V["A"])
+
+    def explodes(z, t):  # clipped, an infinity would be a white picture
+        return torch.where(torch.tensor([[False], [True]]) & (t[0] < 500), torch.inf, 0 * z)
+
+    with pytest.raises(Diverged, match=r"1 of 2 samples .* step 3 of 5 .*sample 1\)"):
+        run(explodes, V["y"][:2], V["A"], predict="x0", clip=True, lam=0.0)

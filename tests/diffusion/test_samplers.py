@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sfumato.diffusion import Schedule, edm_sigmas, sample_ddpm, sample_euler, sample_heun
+from sfumato.diffusion import Schedule, beta_schedule, edm_sigmas, sample_ddpm, sample_euler, sample_heun
 from sfumato.errors import BadSetting
 
 PATH = Path(__file__).parents[1] / "vectors" / "mode-interpolation.npz"
@@ -57,3 +57,22 @@ def test_noise_of_the_churn_keeps_a_gaussian():
     x = 80 * torch.randn(20000, generator=g, dtype=torch.float64)
     end = sample_heun(_gauss, x, edm_sigmas(160), churn=60.0, churn_range=(0.05, 50.0), generator=g)
     assert end.var().item() == pytest.approx(0.25, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_levels_are_those_of_the_table(kind):
+    schedule = Schedule(beta_schedule(kind))
+    sigmas = schedule.levels(40)
+    assert (len(sigmas), sigmas[-1].item()) == (41, 0)
+    assert torch.isin(sigmas[:-1], schedule.sigma).all()
+    assert (sigmas.diff() <= 0).all()
+    assert sigmas[0].item() == pytest.approx(80, rel=0.2)  # EDM's highest, though cosine's table goes far beyond
+    wanted = edm_sigmas(40, low=schedule.sigma[0].item())[:-1]
+    nearest = (schedule.sigma - wanted[20]).abs().min()
+    assert (sigmas[20] - wanted[20]).abs() == nearest
+
+
+@pytest.mark.parametrize("sigmas", [[1.0, 2.0, 0.0], [1.0, 0.0, 0.0], [2.0, 1.0, -1.0], [0.0]])
+def test_levels_out_of_order_are_refused(sigmas):
+    with pytest.raises(BadSetting, match="must fall"):
+        sample_euler(_gauss, torch.ones(2, 1), torch.tensor(sigmas))

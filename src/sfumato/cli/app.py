@@ -206,14 +206,21 @@ def apply(
     epilog=examples(
         "sfumato sample runs/ddpm/STAMP -n 64 -o grid.png",
         "sfumato sample runs/ddpm/STAMP -n 1000 -o drawn/ --seed 7  # one file each",
+        "sfumato sample runs/ddpm/STAMP -n 64 -o grid.png --sampler heun --steps 20",
+        "sfumato sample runs/ddpm/STAMP -n 16 -o drawn.gif --sampler ddpm --steps 1000  # how they come about",
         "sfumato sample runs/ddpm/STAMP -n 64 -o grid.png --keep 0.96  # the 64 steadiest of 67",
         "sfumato sample runs/mode-interpolation/STAMP -n 10000 -o points.npz",
     ),
 )
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="A picture (a grid), a folder (one file each), or .npz.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A grid (.png; .gif: step by step), a folder, or .npz.")],
     count: Annotated[int, typer.Option("--count", "-n", help="How many.")] = 16,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps of the sampler (default: as the run was set).")] = None,
+    sampler: Annotated[
+        str | None, typer.Option("--sampler", help="ddim, ddpm, euler or heun (default: as the run was set).")
+    ] = None,
+    eta: Annotated[float | None, typer.Option("--eta", help="Noise in the steps of ddim, 0 to 1.")] = None,
     keep: Annotated[
         float | None, typer.Option("--keep", help="Draw more, keep this share: the samples whose trajectories vary least.")
     ] = None,
@@ -226,7 +233,8 @@ def sample(
     """Draw new pictures with a trained run."""
     from sfumato.cli import sample as work
 
-    work.sample(run, count, out, seed=seed, device=device, keep=keep, window=window)
+    told = {"steps": steps, "sampler": sampler, "eta": eta}
+    work.sample(run, count, out, seed=seed, device=device, keep=keep, window=window, told=told)
 
 
 @app.command(

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from sfumato.diffusion.posterior_sampling import sample_posterior
+from sfumato.diffusion.posterior_sampling import sample_posterior, transpose
 from sfumato.diffusion.predictions import Model, as_denoiser
 from sfumato.diffusion.schedules import Schedule
-from sfumato.errors import BadCheckpoint, BadSetting
+from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.nn.latent_codec import DiffusersVAE, LatentCodec, PaddedCodec, SignedCodec
 from sfumato.nn.padding import tiled_apply
 
@@ -139,7 +139,7 @@ class DiffusionPrior(nn.Module):
 
         Raises:
             BadSetting: no physics, or settings out of range.
-            BadData: a physics that does not make such measurements.
+            BadData: a physics that does not make such measurements, or pictures of other channels.
             Diverged: a trajectory is no longer finite.
         """
         if physics is None:
@@ -148,7 +148,9 @@ class DiffusionPrior(nn.Module):
             generator = torch.Generator(self.device).manual_seed(0)
         linear = hasattr(physics, "A_adjoint")
         with torch.no_grad():
-            height, width = (physics.A_adjoint(inputs) if linear else inputs).shape[-2:]
+            _, channels, height, width = (transpose(physics, inputs) if linear else inputs).shape
+        if self.channels not in (None, channels):
+            raise BadData(f"these are pictures of {channels} channels, and the model was trained on {self.channels}")
         codec = PaddedCodec(self.codec, (height, width), self.stride)
         restored = sample_posterior(
             self._tiled, inputs, physics, self.schedule, method=solver, codec=codec, steps=steps, inner=inner, eta=eta,
@@ -191,11 +193,20 @@ class _Conditioned(nn.Module):
 
 
 def noise_level(physics: Any) -> float:
-    """The standard deviation of a physics' Gaussian noise; 0 where it has none or of another kind."""
+    """The standard deviation of a physics' Gaussian noise; 0 where it has none or of another kind.
+
+    Raises:
+        BadSetting: one that differs from picture to picture.
+    """
     from deepinv.physics import GaussianNoise
 
     model = getattr(physics, "noise_model", None)
-    return float(model.sigma) if isinstance(model, GaussianNoise) else 0.0
+    if not isinstance(model, GaussianNoise):
+        return 0.0
+    sigma = torch.as_tensor(model.sigma)
+    if sigma.numel() > 1 and (sigma != sigma.flatten()[0]).any():
+        raise BadSetting("the noise of this physics differs from picture to picture: restore them one by one")
+    return float(sigma.flatten()[0])
 
 
 def _exact_mask(physics: Any) -> bool:

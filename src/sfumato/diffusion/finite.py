@@ -31,10 +31,19 @@ class FiniteTrajectory:
     Args:
         x: `[B, ...]`, where the sampler begins.
         steps: how many it takes.
+        what: is seen at the steps, as the message says it.
+        advice: what a person may do.
     """
 
-    def __init__(self, x: Tensor, steps: int) -> None:
-        self.steps = steps
+    def __init__(
+        self,
+        x: Tensor,
+        steps: int,
+        *,
+        what: str = "the model's answer",
+        advice: str = "check the weights and the input, or use fp32",
+    ) -> None:
+        self.steps, self.what, self.advice = steps, what, advice
         self._first = torch.full((len(x),), steps + 1, device=x.device)
 
     def __call__(self, step: int, answer: Tensor) -> Tensor:
@@ -57,10 +66,10 @@ class FiniteTrajectory:
         if not which:
             return x
         step = int(first.min())
-        what = "the model's answer is" if step < self.steps else "the samples themselves are"
+        what = f"{self.what} is" if step < self.steps else "the samples themselves are"
         named = ", ".join(map(str, which[:NAMED])) + (", ..." if len(which) > NAMED else "")
         at = f"step {min(step + 1, self.steps)} of {self.steps}"
         raise Diverged(
             f"{len(which)} of {len(first)} samples broke off: from {at} on {what} NaN or infinite "
-            f"(sample{'s' * (len(which) > 1)} {named}); check the weights and the input, or use fp32"
+            f"(sample{'s' * (len(which) > 1)} {named}); {self.advice}"
         )

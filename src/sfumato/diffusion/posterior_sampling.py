@@ -35,10 +35,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.diffusion.finite import FiniteTrajectory
 from sfumato.diffusion.predictions import Model, convert
-from sfumato.diffusion.samplers import Callback, SamplerStep, draw_step
+from sfumato.diffusion.samplers import Callback, SamplerStep, ddim_mean, ddim_times, draw_step
 from sfumato.diffusion.schedules import Schedule
-from sfumato.errors import BadData, BadSetting, Diverged
+from sfumato.errors import BadData, BadSetting
 from sfumato.nn.latent_codec import IdentityCodec, LatentCodec
 from sfumato.nn.trace_of_jacobian import divergence
 
@@ -107,25 +108,30 @@ def sample_posterior(
     Raises:
         BadSetting: an unknown method or kind, numbers out of range, or a physics that lacks a transpose where it is needed.
         BadData: the physics does not make measurements of this shape.
-        Diverged: a trajectory is no longer finite; the message names the step.
+        Diverged: the model's answer, its gradient or a picture is not finite; the message names the step and the samples.
     """
     inner = (5 if method == "stsl" else 1) if inner is None else inner
     if weighting not in ("constant", "variance"):
         raise BadSetting(f"there is no weighting {weighting!r}: use constant or variance")
-    _check(method, steps, inner, ancestral, len(schedule), eta=eta, lam=lam, gamma=gamma, sigma=sigma)
+    _check(method, inner, ancestral, eta=eta, lam=lam, gamma=gamma, sigma=sigma)
     transposed = start is None or method == "psld" or project
     if transposed and not hasattr(physics, "A_adjoint"):
         raise BadSetting("this physics has no transpose A_adjoint: give start=, leave psld and project out")
     codec = IdentityCodec() if codec is None else codec
-    stride = len(schedule) // steps
+    times = ddim_times(schedule, steps)
     with torch.no_grad():
-        back: Any = physics.A_adjoint(y) if transposed else None
+        back: Any = transpose(physics, y) if transposed else None
         z0 = codec.encode(back if start is None else start)
-        z = schedule.q_sample(z0, (steps - 1) * stride, draw_step(z0, None, 0, generator))
+        z = schedule.q_sample(z0, times[0], draw_step(z0, None, 0, generator))
         _check_physics(physics, codec, z, y)
+    watch = FiniteTrajectory(
+        z,
+        steps,
+        what="the model's answer or its gradient",
+        advice=f"make eta={eta:g} or lam={lam:g} smaller, or check the weights",
+    )
 
-    for i in range(steps):
-        t = (steps - 1 - i) * stride
+    for i, t in enumerate(times):
         for k in range(inner):
             z = z.detach().requires_grad_()
             predicted = _Predicted(model, z, t, schedule, predict, clip)
@@ -140,19 +146,21 @@ def sample_posterior(
                 glued = codec.encode(back + pictures - physics.A_adjoint(physics.A(pictures)))
                 loss = loss + gamma * _norms(glued - predicted.x0)
             (slope,) = torch.autograd.grad(loss.sum(), z)
+            watch(i, predicted.out)
+            watch(i, slope)
             z = z.detach()
             if k < inner - 1:
                 z = z - slope
         with torch.no_grad():
             if callback is not None:
                 callback(SamplerStep(i, z, predicted.x0.detach(), schedule.sigma[t]))
-            z = _ddim_step(predicted, z, t, stride, schedule, ancestral, generator) - slope
-            if not torch.isfinite(z).all():
-                raise Diverged(
-                    f"{method} is no longer finite at step {i + 1} of {steps} (t={t}): make eta={eta:g} or lam={lam:g} smaller"
-                )
+            following = times[i + 1] if i + 1 < steps else None
+            moved, variance = ddim_mean(predicted.x0, predicted.eps, t, following, schedule, eta=ancestral)
+            if ancestral and following is not None:
+                moved = moved + variance.sqrt().to(z.dtype) * draw_step(z, None, 0, generator)
+            z = moved - slope
     with torch.no_grad():
-        x = codec.decode(z)
+        x = codec.decode(watch.end(z))
         return x + back - physics.A_adjoint(physics.A(x)) if project else x
 
 
@@ -186,19 +194,6 @@ class _Predicted:
         return convert(out, z, self.t, self.schedule, source=self.predict, target=target)
 
 
-def _ddim_step(
-    now: _Predicted, z: Tensor, t: int, stride: int, schedule: Schedule, ancestral: float, generator: torch.Generator | None
-) -> Tensor:
-    """From time t to the one a stride before, or to the clean latents."""
-    if t < stride:
-        return now.x0
-    before = schedule.abar[t - stride]
-    variance = ancestral**2 * (1 - schedule.abar[t] / before) * (1 - before) / (1 - schedule.abar[t])
-    clean, noise, fresh = (float(v) for v in (before.sqrt(), (1 - before - variance).clamp(min=0).sqrt(), variance.sqrt()))
-    moved = clean * now.x0 + noise * now.eps
-    return moved + fresh * draw_step(z, None, 0, generator) if ancestral else moved
-
-
 def _difference(y: Any, predicted: Any) -> Tensor:
     """Residuals as rows `[B, M]`; measurements of several sensors (deepinv's TensorList) stand side by side."""
     if isinstance(y, Tensor):
@@ -211,11 +206,9 @@ def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.flatten(1), dim=1)
 
 
-def _check(method: str, steps: int, inner: int, ancestral: float, times: int, **weights: float) -> None:
+def _check(method: str, inner: int, ancestral: float, **weights: float) -> None:
     if method not in SOLVERS:
         raise BadSetting(f"there is no solver {method!r}: use {', '.join(SOLVERS)}")
-    if not 1 <= steps <= times:
-        raise BadSetting(f"steps={steps} is not between 1 and the schedule's {times}")
     if inner < 1:
         raise BadSetting(f"inner={inner}: at every noise level one gradient step or more is taken")
     for name, value in weights.items():
@@ -223,6 +216,27 @@ def _check(method: str, steps: int, inner: int, ancestral: float, times: int, **
             raise BadSetting(f"{name}={value:g} must be a number of 0 or more")
     if not 0 <= ancestral <= 1:
         raise BadSetting(f"ancestral={ancestral:g} is no share: give 0 to 1")
+
+
+def transpose(physics: Any, y: Any) -> Tensor:
+    """`Aᵀy`: measurements `y` as pictures `[B, C, H, W]`.
+
+    Raises:
+        BadData: measurements that are not of this physics.
+    """
+    try:
+        back: Tensor = physics.A_adjoint(y)
+    except _REFUSALS as error:
+        raise BadData(f"the physics does not take measurements of shape {_shapes(y)} ({_reason(error)})") from None
+    return back
+
+
+_REFUSALS = (RuntimeError, ValueError, IndexError, AssertionError)
+"""How a physics says that a shape does not suit it."""
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _shapes(x: Any) -> list[Any]:
@@ -234,8 +248,7 @@ def _check_physics(physics: Any, codec: LatentCodec, z: Tensor, y: Any) -> None:
     x = codec.decode(z)
     try:
         made = _shapes(physics.A(x))
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise BadData(f"the physics does not take pictures of shape {list(x.shape)} ({reason})") from None
+    except _REFUSALS as error:
+        raise BadData(f"the physics does not take pictures of shape {list(x.shape)} ({_reason(error)})") from None
     if made != _shapes(y):
         raise BadData(f"the physics makes {made} of pictures {list(x.shape)}, but the measurement is {_shapes(y)}")

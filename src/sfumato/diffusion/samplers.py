@@ -201,7 +201,7 @@ def sample_heun(
     Args:
         model: D, called as `model(x, sigma)` with a scalar sigma; gives the clean picture.
         x: `[B, ...]`, noise of standard deviation `sigmas[0]`.
-        sigmas: `[n + 1]`, falling, ends with 0 (see `edm_sigmas`).
+        sigmas: `[n + 1]`, falling, ends with 0 (see `edm_sigmas`, and `Schedule.levels`).
         steps: how many of the n steps to take; None: all.
         churn: noise that is added again on the way (S_churn); 0: deterministic. Karras et al. use 40 for ImageNet,
             with `churn_range=(0.05, 50)` and `churn_noise=1.003`.
@@ -215,6 +215,7 @@ def sample_heun(
         Like `x`.
 
     Raises:
+        BadSetting: levels that rise, or of no noise before the last.
         Diverged: the model's answer, or a sample, is not finite.
     """
     return _integrate(model, x, sigmas, steps, churn, churn_range, churn_noise, noise, callback, generator, heun=True)
@@ -236,6 +237,8 @@ def _integrate(
     heun: bool,
 ) -> Tensor:
     n = len(sigmas) - 1
+    if n < 1 or (sigmas.diff() > 0).any() or (sigmas[:-1] <= 0).any() or sigmas[-1] < 0:
+        raise BadSetting("the noise levels must fall, from one above 0 to 0 at the end, as those of edm_sigmas do")
     levels, sigmas = sigmas.tolist(), sigmas.to(x)
     taken = n if steps is None else min(steps, n)
     watch = FiniteTrajectory(x, taken)

@@ -116,6 +116,17 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.betas)
 
+    def levels(self, n: int) -> Tensor:
+        """`[n + 1]` noise levels for `sample_euler` and `sample_heun`: `edm_sigmas`, each at the nearest in the table, then 0.
+
+        A network that was trained at these times is asked for nothing between them; where many levels lie closer than the times
+        do, at the quiet end, some repeat.
+        """
+        low, high = (self.sigma[i].clamp(0.002, 80.0).item() for i in (0, -1))
+        wanted = edm_sigmas(n, low=low, high=high)[:-1]
+        near = (wanted[:, None] - self.sigma).abs().argmin(1)
+        return torch.cat([self.sigma[near], self.sigma.new_zeros(1)])
+
     def q_sample(self, x0: Tensor, t: Tensor | int, noise: Tensor, *, abar: Tensor | None = None) -> Tensor:
         """x_t from x_0.
 

@@ -46,3 +46,36 @@ def test_the_loss_repeats_with_its_generator_and_refuses_other_sizes():
     assert torch.equal(a, b)
     with pytest.raises(BadData, match="image_size"):
         method.loss(Batch(torch.rand(4, 1, 9, 9), torch.arange(4)), Context(0, 10, 0, torch.Generator()))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler", "heun"])
+def test_every_sampler_finds_the_one_picture_that_is_known(sampler, schedule):
+    """A network that always expects the same picture: all samplers end there, and are watched at every step."""
+    method, seen = _small(sampler=sampler, schedule=schedule, predict="x0", sample_steps=12), []
+    known = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(1))
+    method.average.forward = lambda x, t: type("Out", (), {"sample": (2 * known - 1).expand_as(x)})()
+    drawn = method.sample(3, torch.Generator().manual_seed(0), callback=seen.append)
+    assert torch.allclose(drawn, known.expand(3, 1, 8, 8), atol=1e-3)
+    assert len(seen) == method.trajectory_steps == 12
+    assert all(torch.allclose((step.x0 + 1) / 2, known, atol=1e-5) for step in seen)
+
+
+def test_samplers_agree_where_steps_are_many():
+    """Of data that is one normal, so that the exact answer is known: the flow keeps the order of the noise it starts from."""
+    method = _small(sample_steps=200)
+    spread, abar = 0.3, method.schedule.abar
+
+    def exact(x, t):
+        signal = abar[t].to(x).view(-1, 1, 1, 1)
+        return type("Out", (), {"sample": (1 - signal).sqrt() * x / (signal * spread**2 + 1 - signal)})()
+
+    method.average.forward = exact
+    drawn = {}
+    for sampler in ("ddim", "ddpm", "euler", "heun"):
+        method.config = method.config.model_copy(update={"sampler": sampler})
+        drawn[sampler] = 2 * method.sample(16, torch.Generator().manual_seed(0)) - 1
+    assert all(x.std().item() == pytest.approx(spread, rel=0.1) for x in drawn.values())
+    assert (drawn["heun"] - drawn["ddim"]).abs().max() < 0.05
+    assert (drawn["euler"] - drawn["ddim"]).abs().max() < 0.1
+    assert (drawn["ddpm"] - drawn["ddim"]).abs().max() > 0.3

@@ -2,8 +2,9 @@
 
     L = mean |f(x_t, t) - eps|²,    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,    t ~ U{0, ..., T - 1}
 
-on pictures in [-1, 1]. Samples are drawn with the moving average of the weights, by DDIM (or DDPM: eta = 1, all times). Told how
-pictures were degraded it restores them too (`sfumato.diffusion.sample_posterior`), though it has never seen a degraded one.
+on pictures in [-1, 1]. Samples are drawn with the moving average of the weights: by DDIM, by DDPM (ancestral; the paper's where
+it takes all times), or along the probability flow by Euler's or Heun's rule. Told how pictures were degraded it restores them
+too (`sfumato.diffusion.sample_posterior`), though it has never seen a degraded one.
 
 Source: Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020 (arXiv 2006.11239).
 
@@ -24,7 +25,17 @@ from torch import Tensor
 from typing_extensions import Self
 
 from sfumato.data.batch import Batch, Facts
-from sfumato.diffusion import DiffusionPrior, Schedule, as_denoiser, beta_schedule, denoising_loss, sample_ddim, uniform_t
+from sfumato.diffusion import (
+    DiffusionPrior,
+    Schedule,
+    as_denoiser,
+    beta_schedule,
+    denoising_loss,
+    sample_ddim,
+    sample_euler,
+    sample_heun,
+    uniform_t,
+)
 from sfumato.diffusion.samplers import Callback
 from sfumato.errors import BadData
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
@@ -58,8 +69,11 @@ class DDPM(Method):
         predict: Literal["eps", "x0", "v"] = Field("eps", description="what the network predicts")
         lr: float = Field(2e-4, gt=0, description="Adam's learning rate")
         ema: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights that samples are drawn with")
-        sample_steps: int = Field(50, gt=0, description="network calls for a sample")
-        eta: float = Field(0.0, ge=0, le=1, description="noise while sampling; 0: DDIM, 1: ancestral")
+        sampler: Literal["ddim", "ddpm", "euler", "heun"] = Field(
+            "ddim", description="how samples are drawn: ddim, ddpm (ancestral), or by euler's or heun's rule"
+        )
+        sample_steps: int = Field(50, gt=0, description="steps of a sample, a network call each (heun: two)")
+        eta: float = Field(0.0, ge=0, le=1, description="noise while sampling by ddim; 1: that of ddpm")
 
         @classmethod
         def small(cls, **over: Any) -> Self:
@@ -132,24 +146,33 @@ class DDPM(Method):
 
     def denoise(self, y: Tensor, sigma: float) -> Tensor:
         """The clean pictures of `y = x + sigma z`, by the averaged weights at the time whose noise is nearest; not clamped."""
-        denoiser = as_denoiser(lambda x, t: self.average(x, t).sample, self.schedule, predict=self.config.predict)
         level = torch.as_tensor(2 * sigma, device=y.device)  # pictures in [-1, 1] are twice as wide
-        return (denoiser(2 * y - 1, level) + 1) / 2
+        return (self._denoiser(2 * y - 1, level) + 1) / 2
+
+    @property
+    def _denoiser(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """D(x, sigma) of pictures in [-1, 1]."""
+        return as_denoiser(self.average, self.schedule, predict=self.config.predict)
 
     @property
     def trajectory_steps(self) -> int:
-        """Network calls for a sample."""
+        """Steps of a sample."""
         return int(min(self.config.sample_steps, self.config.times))
 
     def sample(self, n: int, generator: torch.Generator | None = None, *, callback: Callback | None = None) -> Tensor:
         """Draw `n` new pictures: `[n, C, H, W]` in [0, 1]; `callback` sees every step, with pictures in [-1, 1]."""
         device = generator.device if generator is not None else self.device
         x = torch.randn((n, *self.shape), generator=generator, device=device).to(self.device)
-        c = self.config
-        drawn = sample_ddim(
-            lambda x, t: self.average(x, t).sample, x, self.schedule, steps=self.trajectory_steps, eta=c.eta,
-            predict=c.predict, clip=True, callback=callback, generator=generator,
-        )  # fmt: skip
+        c, steps = self.config, self.trajectory_steps
+        if c.sampler in ("euler", "heun"):
+            integrate, sigmas = sample_heun if c.sampler == "heun" else sample_euler, self.schedule.levels(steps)
+            start = (1 + sigmas[0].square()).sqrt().to(x) * x  # as noisy pictures with a signal of 1 are
+            drawn = integrate(lambda x, sigma: self._denoiser(x, sigma).clamp(-1, 1), start, sigmas, callback=callback)
+        else:
+            drawn = sample_ddim(
+                lambda x, t: self.average(x, t).sample, x, self.schedule, steps=steps, eta=1.0 if c.sampler == "ddpm" else c.eta,
+                predict=c.predict, clip=True, callback=callback, generator=generator,
+            )  # fmt: skip
         return (drawn + 1).div(2).clamp(0, 1)
 
     @property
