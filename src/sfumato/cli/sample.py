@@ -62,8 +62,9 @@ def sample(
         else:
             sizes = [min(BATCH[points], count - i) for i in range(0, count, BATCH[points])]
             if film:
-                watch = _watch(frames, method.trajectory_steps)
-                drawn = torch.cat([method.sample(size, generator, callback=watch) for size in sizes])
+                shown: Any = method  # a TrajectorySampler
+                watch = _watch(frames, shown.trajectory_steps)
+                drawn = torch.cat([shown.sample(size, generator, callback=watch) for size in sizes])
             else:
                 drawn = torch.cat([method.sample(size, generator) for size in sizes])
     _write(drawn.float().cpu(), out, [torch.cat(parts) for parts in zip(*frames)])
