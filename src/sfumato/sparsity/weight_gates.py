@@ -102,9 +102,8 @@ def gated_conv2d(
 
 def _check_gate(gate: Tensor, weight: Tensor, x: Tensor) -> None:
     if gate.shape not in (weight.shape, (len(x), *weight.shape)):
-        raise BadData(
-            f"gates are {list(weight.shape)} like the weights, or {[len(x), *weight.shape]} for each sample, not {list(gate.shape)}"
-        )
+        each = [len(x), *weight.shape]
+        raise BadData(f"gates are {list(weight.shape)} like the weights, or {each} for each sample, not {list(gate.shape)}")
 
 
 def keep_logit(share: float | Tensor) -> Tensor:
@@ -129,10 +128,20 @@ class WeightMaskGenerator(nn.Module):
         hidden: channels inside.
         factor: how much coarser than the weights; channels are divided by it and rounded down.
         kernel: side of the kernels that are gated; 1 for linear layers.
+        zero_last: begin with a last convolution of 0, as the authors' code does. Behind its ReLU, and in front of adapters that
+            begin at 0 too, no gradient ever reaches either: gates then follow neither time nor sample.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, temb_dim: int, *, hidden: int = 64, factor: int = 4, kernel: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        temb_dim: int,
+        *,
+        hidden: int = 64,
+        factor: int = 4,
+        kernel: int = 1,
+        zero_last: bool = False,
     ) -> None:
         super().__init__()
         self.rows, self.cols, self.kernel = max(1, out_channels // factor), max(1, in_channels // factor), kernel
@@ -140,7 +149,9 @@ class WeightMaskGenerator(nn.Module):
         self.enter = nn.Conv2d(in_channels, hidden, 1)
         self.leave = nn.Conv2d(hidden, self.rows * self.cols, 1)
         nn.init.kaiming_normal_(self.enter.weight, nonlinearity="relu")
-        nn.init.zeros_(self.leave.weight)
+        nn.init.kaiming_normal_(self.leave.weight, nonlinearity="relu")
+        if zero_last:
+            nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor, temb: Tensor) -> Tensor:
@@ -164,7 +175,7 @@ class MaskAdapter(nn.Module):
     Args:
         rows, cols: of the coarse gates.
         out_features, in_features: of the layer.
-        logit: bias of both ways; with it the weights, which begin at 0, get a gradient.
+        logit: bias of both ways; the weights begin at 0, so that all logits are this.
     """
 
     def __init__(self, rows: int, cols: int, out_features: int, in_features: int, *, logit: float = 5.0) -> None:
@@ -186,9 +197,7 @@ def _constant(value: float, *shape: int) -> nn.Parameter:
 class _BlockGates(nn.Module):
     """Where the logits of one block's layers come from."""
 
-    def __init__(
-        self, block: Any, layers: Sequence[nn.Module], by: str, hidden: int, factor: int, logit: float
-    ) -> None:
+    def __init__(self, block: Any, layers: Sequence[nn.Module], by: str, hidden: int, factor: int, logit: float) -> None:
         super().__init__()
         self.by, self.generators = by, nn.ModuleDict()
         if by == "free":
@@ -276,9 +285,9 @@ class MaskedUNet(nn.Module):
                 self._gated.append((block, layers))
         self.layers = tuple(name for _, layers in self._gated for name, _ in layers)
         if not self.layers:
-            there = sorted({part for _, block in blocks for name, m in block.named_modules() if _is_layer(m)
-                            for part in name.split(".") if not part.isdigit()})  # fmt: skip
-            raise BadSetting(f"the {where} of this U-Net have no layer {', '.join(include)}: include some of {', '.join(there)}")
+            paths = ".".join(name for _, block in blocks for name, m in block.named_modules() if _is_layer(m))
+            there = ",".join(sorted({part for part in paths.split(".") if not part.isdigit()}))
+            raise BadSetting(f"the {where} of this U-Net have no layer {', '.join(include)}: include some of {there}")
         start = (1.0 if by == "free" else 5.0) if logit is None else logit
         self.masks = nn.ModuleList(
             _BlockGates(block, [m for _, m in layers], by, hidden, factor, start) for block, layers in self._gated

@@ -86,8 +86,9 @@ class MaskUNet(Method):
         self.schedule, self.shape, self.predict = base.schedule, base.shape, base.config.predict
         self._augment = base.augment()
         self.masked = MaskedUNet(
-            base.average.module, where=c.where, include=c.include, by=c.by, hidden=c.hidden, factor=c.factor, tau=c.tau
-        )
+            base.average.module, where=c.where, include=c.include, by=c.by, hidden=c.hidden, factor=c.factor, tau=c.tau,
+            sample=c.draw_masks,
+        )  # fmt: skip
 
     @classmethod
     def init_from(cls, config: Any, previous: Method) -> Self:
@@ -117,9 +118,10 @@ class MaskUNet(Method):
         return self._augment
 
     def train(self, mode: bool = True) -> Self:
-        """The frozen model stays in eval mode."""
+        """The frozen model stays in eval mode; masks are drawn while training, then as the settings say."""
         super().train(mode)
         self.masked.unet.eval()
+        self.masked.sample = mode or self.config.draw_masks
         return self
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
@@ -194,14 +196,10 @@ class MaskUNet(Method):
         """
         device = generator.device if generator is not None else self.device
         x = torch.randn((n, *self.shape), generator=generator, device=device).to(self.device)
-        self.masked.sample = self.config.draw_masks
-        try:
-            drawn = sample_ddim(
-                self.model(generator, masks=masks), x, self.schedule, steps=self.trajectory_steps, eta=self.config.eta,
-                predict=self.predict, clip=True, callback=callback, generator=generator,
-            )  # fmt: skip
-        finally:
-            self.masked.sample = True
+        drawn = sample_ddim(
+            self.model(generator, masks=masks), x, self.schedule, steps=self.trajectory_steps, eta=self.config.eta,
+            predict=self.predict, clip=True, callback=callback, generator=generator,
+        )  # fmt: skip
         return (drawn + 1).div(2).clamp(0, 1)
 
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
@@ -299,11 +297,8 @@ def rewarded_model(
 
 BASE = {"channels": 1, "image_size": 8, "width": 16, "attn_at": (0, 1), "batch_size": 32}
 BASE_STEPS, MASK_STEPS = 500, 300
-TIMES, NOISES, DRAWN = 10, 2, 397
-"""Times and noises that held-out errors are taken at, samples drawn."""
-
-PER_DIGIT = 5
-"""Samples of each digit that is asked for."""
+TIMES, DRAWN, PER_DIGIT = 10, 200, 5
+"""Times that held-out errors are taken at; samples drawn to see how far they are from digits, and of each digit asked for."""
 
 
 def _base(lab: Lab) -> tuple[Batch, Batch, DDPM]:
@@ -320,10 +315,11 @@ def _base(lab: Lab) -> tuple[Batch, Batch, DDPM]:
     Better("noise error", "static mask", over="frozen", higher=False),
     Better("noise error", "masks", over="random masks", higher=False),
     seeds=range(100, 105),
-    note="Digits of 8 x 8 pixels; 500 steps for the model, 300 for the masks of its upper attention layers, drawn while measuring "
-    "as while sampling. The static mask has the same generators and adapters, told nothing; random masks keep as many weights in "
-    "every layer. Beside them: masks by time alone, and the same layers fine-tuned with the masks' optimizer, which have a third "
-    "as many parameters. The model is far from trained out, so anything that may still learn lowers its error: how far, the "
+    note="Digits of 8 x 8 pixels; 500 steps of 32 pictures for the model, 300 for the masks of its attention layers on the way "
+    "up; errors at 10 times on one noise a held-out picture, with masks drawn as in sampling. The static mask has the same "
+    "generators and adapters, told nothing; random masks keep as many weights in every layer. Beside them: masks by time alone, "
+    "and the same layers fine-tuned by the masks' optimizer, which have a third as many parameters (LoRA of equal size would be "
+    "of more than full rank here). The model is far from trained out, so whatever may still learn lowers its error: how far, the "
     "fine-tuned layers say.",
 )
 def learned_masks(lab: Lab) -> Figures:
@@ -336,14 +332,16 @@ def learned_masks(lab: Lab) -> Figures:
         arms[arm] = lab.fit(MaskUNet.init_from(config, ddpm), train, steps=steps).masked
     x0, masked, random = 2 * test.x - 1, arms["masks"], MaskedUNet(unet, by="free")
     assert isinstance(masked, MaskedUNet)
-    kept = masked.density(*_noised(x0, schedule, lab), generator=lab.generator)
+    t = uniform_t(len(x0), len(schedule), generator=lab.generator)
+    noisy = schedule.q_sample(x0, t, torch.randn(x0.shape, generator=lab.generator))
+    kept = masked.density(noisy, t, generator=lab.generator)
     for logits, share in zip(random.mask_parameters(), kept.values(), strict=True):
         logits.data.fill_(float(keep_logit(share)))
     arms |= {"random masks": random, "fine-tuned layers": _fine_tuned(ddpm, train, config, lab)}
     features, figures = _classifier(train, lab)[:-1], {}
     for arm, net in arms.items():
-        start, model = torch.randn(x0.shape, generator=lab.generator), _model(net, lab.generator)
-        drawn = sample_ddim(model, start, schedule, steps=20, clip=True).add(1).div(2)
+        start, model = torch.randn(DRAWN, *ddpm.shape, generator=lab.generator), _model(net, lab.generator)
+        drawn = sample_ddim(model, start, schedule, steps=10, clip=True).add(1).div(2)
         distance = frechet_features(features(drawn), features(test.x))
         figures[arm] = {"noise error": _held_out(net, x0, schedule, lab), "frechet_small": float(distance)}
         lab.picture(arm, drawn[:16])
@@ -363,20 +361,12 @@ def _count(tensors: Iterable[Tensor]) -> float:
     return float(sum(p.numel() for p in tensors))
 
 
-def _noised(x0: Tensor, schedule: Schedule, lab: Lab) -> tuple[Tensor, Tensor]:
-    generator = lab.generator
-    t = uniform_t(len(x0), len(schedule), generator=generator)
-    return schedule.q_sample(x0, t, torch.randn(x0.shape, generator=generator)), t
-
-
 @torch.no_grad()
 def _held_out(net: nn.Module, x0: Tensor, schedule: Schedule, lab: Lab) -> float:
-    """Over times from low noise to high, and noises that all arms share."""
-    noises = torch.randn(NOISES, *x0.shape, generator=lab.generator)
-    spread = torch.linspace(0, len(schedule) - 1, TIMES).long()
-    model = _model(net, lab.generator)
-    errors = [denoising_loss(model, x0, t.expand(len(x0)), noise, schedule) for noise in noises for t in spread]
-    return float(torch.stack(errors).mean())
+    """Over times from low noise to high, at noise that all arms share."""
+    noise, model = torch.randn(x0.shape, generator=lab.generator), _model(net, lab.generator)
+    times = torch.linspace(0, len(schedule) - 1, TIMES).long()
+    return float(torch.stack([denoising_loss(model, x0, t.expand(len(x0)), noise, schedule) for t in times]).mean())
 
 
 def _fine_tuned(ddpm: DDPM, train: Batch, config: Any, lab: Lab) -> nn.Module:
@@ -404,8 +394,8 @@ def _fine_tuned(ddpm: DDPM, train: Batch, config: Any, lab: Lab) -> nn.Module:
     Holds("more than 85 % of the weights are kept", lambda f: f["moved masks"]["weights kept"] > 0.85),
     seeds=range(100, 105),
     note="The reward is a small classifier's log-probability of a digit, of each digit for 5 samples that share their masks; 15 "
-    "steps of DDIM, the last 8 of ten network calls each. All arms begin at the same noise. Random masks are those that the moved "
-    "ones begin with at every step: 93 % of the attention weights of the way up, kept by chance.",
+    "steps of DDIM, the last 8 of ten network calls each. All arms begin at the same noise. Random masks are those that the "
+    "moved ones begin with at every step: 93 % of the attention weights of the way up, kept by chance.",
 )
 def rewarded_masks(lab: Lab) -> Figures:
     """Mean log-probability of the digit asked for, at the end of sampling."""
