@@ -42,10 +42,10 @@ def learn(net: nn.Module, x: Tensor, t: Tensor) -> Run:
 
 @race(
     "MaskUNet: gates by sample and time on the attention weights of the way up, over the U-Net without",
-    "Every gated weight is drawn, stretched and multiplied once a picture, so the cost of a call grows with weights times pictures "
-    "where the layers themselves grow with weights times pixels: few pixels are the dearest case. Free gates are shared by the "
-    "batch and cost one product a weight. Beside learning the masks stands learning all weights of the U-Net: masks need no "
-    "gradients of the weights, and none below the way up.",
+    "Every gated weight is drawn, stretched and multiplied once a picture: that cost grows with weights times pictures, the "
+    "layers' own with weights times pixels, so few pixels are the dearest case. Free gates are shared by the batch and cost one "
+    "product a weight. Beside learning the masks stands learning all weights of the U-Net: masks need no gradients of the "
+    "weights, and none below the way up.",
 )
 def masked_unet(quick: bool) -> Iterator[Heat]:
     """The same output, as no gate is 0 at the beginning."""
