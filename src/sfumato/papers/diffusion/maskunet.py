@@ -57,7 +57,7 @@ class MaskUNet(Method):
             "up_blocks", description="part of the U-Net whose weights are masked"
         )
         include: tuple[str, ...] = Field(
-            ATTENTION, description="layers that are masked there, by a name in their path; conv1,conv2: the convolutions"
+            ATTENTION, description="layers that are masked there, by a name in their path; [conv1,conv2]: the convolutions"
         )
         by: Literal["sample", "time", "static"] = Field(
             "sample", description="what masks depend on: features and time (sample), time alone, or nothing (static)"
@@ -83,7 +83,7 @@ class MaskUNet(Method):
         if c.ddpm is None:
             raise BadSetting(NO_MODEL)
         base, self.trained = DDPM(DDPM.Config.model_validate(c.ddpm)), False
-        self.schedule, self.shape, self.predict = base.schedule, base.shape, base.config.predict
+        self.schedule, self.shape, self.predicts = base.schedule, base.shape, base.config.predict
         self._augment = base.augment()
         self.masked = MaskedUNet(
             base.average.module, where=c.where, include=c.include, by=c.by, hidden=c.hidden, factor=c.factor, tau=c.tau,
@@ -141,7 +141,7 @@ class MaskUNet(Method):
         return 2 * batch.x - 1
 
     def _error(self, model: Model, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return denoising_loss(model, x0, t, noise, self.schedule, predict=self.predict)
+        return denoising_loss(model, x0, t, noise, self.schedule, predict=self.predicts)
 
     def model(self, generator: torch.Generator | None = None, *, masks: bool = True) -> Model:
         """`f(x_t, t)` with masks drawn from `generator`, or as it was trained."""
@@ -198,7 +198,7 @@ class MaskUNet(Method):
         x = torch.randn((n, *self.shape), generator=generator, device=device).to(self.device)
         drawn = sample_ddim(
             self.model(generator, masks=masks), x, self.schedule, steps=self.trajectory_steps, eta=self.config.eta,
-            predict=self.predict, clip=True, callback=callback, generator=generator,
+            predict=self.predicts, clip=True, callback=callback, generator=generator,
         )  # fmt: skip
         return (drawn + 1).div(2).clamp(0, 1)
 
