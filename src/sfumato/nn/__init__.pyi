@@ -14,6 +14,8 @@ from .boxes import pixels_in_boxes as pixels_in_boxes
 from .boxes import resized_crops as resized_crops
 from .conv_stem_vit import ConvStemViT as ConvStemViT
 from .conv_stem_vit import MaskedConvBlock as MaskedConvBlock
+from .discrete_gradients import gumbel_sigmoid as gumbel_sigmoid
+from .discrete_gradients import straight_through as straight_through
 from .feature_pyramid import FeaturePyramid as FeaturePyramid
 from .feature_pyramid import PyramidBackbone as PyramidBackbone
 from .flat import flatten_params as flatten_params

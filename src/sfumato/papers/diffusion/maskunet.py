@@ -1,0 +1,448 @@
+"""MaskUNet: a frozen diffusion model draws better with some of its weights masked, of each time and picture others.
+
+    min over the generators G and adapters A of   E |f(x_t, t; W ∘ m) - eps|²,    m = 1[A(G(features, t)) + Gumbel > 0]
+
+The U-Net stays as it was trained; a small generator a block of the way up chooses its gates (`sfumato.sparsity.MaskedUNet`).
+Without training: one logit a weight, moved at every late sampling step towards what a reward makes of the guess of the clean
+picture, then forgotten (`rewarded_model`). The parts take any UNet2DModel or UNet2DConditionModel of diffusers; the method here
+masks a DDPM run.
+
+Source: Lei Wang, Senmao Li, Fei Yang, Jianye Wang, Ziheng Zhang, Yuhan Liu, Yaxing Wang, Jian Yang, "Not All Parameters Matter:
+Masking Diffusion Models for Enhancing Generation Ability", CVPR 2025 (arXiv 2505.03097).
+
+>>> import torch
+>>> from sfumato.papers.diffusion.ddpm import DDPM
+>>> from sfumato.papers.diffusion.maskunet import MaskUNet
+>>> ddpm = DDPM(DDPM.Config.small(channels=1, image_size=8, width=8, attn_at=(1,)))
+>>> method = MaskUNet.init_from(MaskUNet.Config.small(sample_steps=2), ddpm)
+>>> method.sample(3).shape
+torch.Size([3, 1, 8, 8])
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from sfumato.claim import Better, Figures, Holds, Lab, claim
+from sfumato.data.batch import Batch
+from sfumato.data.samples import digits
+from sfumato.diffusion import Schedule, convert, denoising_loss, sample_ddim, uniform_t
+from sfumato.diffusion.samplers import Callback, Model
+from sfumato.errors import BadCheckpoint, BadData, BadSetting
+from sfumato.method import Context, Loss, Method, MethodConfig
+from sfumato.metrics import frechet_features
+from sfumato.papers.diffusion.ddpm import DDPM
+from sfumato.sparsity import MaskedUNet, keep_logit
+from sfumato.sparsity.weight_gates import ATTENTION
+
+
+class MaskUNet(Method):
+    """Wang et al. 2025. Learns masks on the weights of a trained diffusion model (`--init RUN`), draws pictures with them."""
+
+    class Config(MethodConfig):
+        """Defaults: those of the authors' scripts for Stable Diffusion 1.5."""
+
+        steps: int = Field(9000, gt=0, description="optimizer steps")
+        batch_size: int = Field(32, gt=0, description="pictures a step")
+        clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; None: no clipping")
+        where: Literal["up_blocks", "mid_block", "down_blocks"] = Field(
+            "up_blocks", description="part of the U-Net whose weights are masked"
+        )
+        include: tuple[str, ...] = Field(
+            ATTENTION, description="layers that are masked there, by a name in their path; [conv1,conv2]: the convolutions"
+        )
+        by: Literal["sample", "time", "static"] = Field(
+            "sample", description="what masks depend on: features and time (sample), time alone, or nothing (static)"
+        )
+        hidden: int = Field(64, gt=0, description="channels inside a generator")
+        factor: int = Field(4, gt=0, description="how much coarser than the weights a generator's masks are")
+        tau: float = Field(1.0, gt=0, description="temperature of the gates")
+        draw_masks: bool = Field(True, description="draw masks while sampling too; false: keep what is likelier kept than 63 %")
+        lr: float = Field(1e-5, gt=0, description="AdamW's learning rate")
+        weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
+        sample_steps: int = Field(50, gt=0, description="network calls for a sample")
+        eta: float = Field(0.0, ge=0, le=1, description="noise while sampling; 0: DDIM, 1: ancestral")
+        ddpm: dict[str, Any] | None = Field(None, description="how the diffusion model is built; fills itself in")
+
+        @classmethod
+        def small(cls, **over: Any) -> Self:
+            """For a small model on two cores: a minute."""
+            return cls(**{"steps": 600, "batch_size": 64, "lr": 1e-3, **over})
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        c = self.config
+        if c.ddpm is None:
+            raise BadSetting(NO_MODEL)
+        base, self.trained = DDPM(DDPM.Config.model_validate(c.ddpm)), False
+        self.schedule, self.shape, self.predicts = base.schedule, base.shape, base.config.predict
+        self._augment = base.augment()
+        self.masked = MaskedUNet(
+            base.average.module, where=c.where, include=c.include, by=c.by, hidden=c.hidden, factor=c.factor, tau=c.tau,
+            sample=c.draw_masks,
+        )  # fmt: skip
+
+    @classmethod
+    def init_from(cls, config: Any, previous: Method) -> Self:
+        """Mask the model of a DDPM run, or go on with the masks of another run of this kind."""
+        if not isinstance(previous, (cls, DDPM)):
+            raise BadCheckpoint(f"masks are learned for a ddpm run, not for one of {type(previous).__name__}")
+        ddpm = previous.config.ddpm if isinstance(previous, cls) else previous.config.model_dump(mode="json")
+        method = cls(type(config).model_validate({**config.model_dump(), "ddpm": ddpm}))
+        if isinstance(previous, DDPM):
+            method.masked.unet.load_state_dict(previous.average.module.state_dict())
+        else:
+            layout = ("where", "include", "by", "hidden", "factor")
+            changed = [name for name in layout if getattr(config, name) != getattr(previous.config, name)]
+            if changed:
+                raise BadCheckpoint(f"that run's masks have another {', '.join(changed)}: set it alike, or begin at its ddpm run")
+            method.load_state_dict(previous.state_dict())
+        method.trained = True
+        return method.to(previous.device)
+
+    def adopt(self, open_model: Callable[[str], nn.Module]) -> None:
+        """Refuse a new model, whatever the settings say: it has learned nothing."""
+        if not self.trained:
+            raise BadSetting(NO_MODEL)
+
+    def augment(self) -> Callable[..., Any] | None:
+        """As the diffusion model crops its pictures."""
+        return self._augment
+
+    def train(self, mode: bool = True) -> Self:
+        """The frozen model stays in eval mode; masks are drawn while training, then as the settings say."""
+        super().train(mode)
+        self.masked.unet.eval()
+        self.masked.sample = mode or self.config.draw_masks
+        return self
+
+    def loss(self, batch: Batch, ctx: Context) -> Loss:
+        """The error of the masked model at one random time a picture.
+
+        Raises:
+            BadData: pictures of another size.
+        """
+        x0 = self._pictures(batch)
+        t = uniform_t(len(batch), len(self.schedule), generator=ctx.generator).to(x0.device)
+        noise = torch.randn(x0.shape, generator=ctx.generator, device=x0.device, dtype=x0.dtype)
+        return Loss(self._error(self.model(ctx.generator), x0, t, noise), len(batch))
+
+    def _pictures(self, batch: Batch) -> Tensor:
+        if batch.x.shape[1:] != self.shape:
+            raise BadData(f"pictures are {tuple(batch.x.shape[1:])}, the model draws {self.shape}: resize them")
+        return 2 * batch.x - 1
+
+    def _error(self, model: Model, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return denoising_loss(model, x0, t, noise, self.schedule, predict=self.predicts)
+
+    def model(self, generator: torch.Generator | None = None, *, masks: bool = True) -> Model:
+        """`f(x_t, t)` with masks drawn from `generator`, or as it was trained."""
+        if masks:
+            return lambda x, t: self.masked(x, t, generator=generator).sample
+        return lambda x, t: self.masked.unet(x, t).sample
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """AdamW on generators and adapters alone."""
+        c = self.config
+        return {"net": torch.optim.AdamW(self.masked.mask_parameters(), c.lr, weight_decay=c.weight_decay)}
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Errors on held-out pictures with and without masks at the same times and noise, and the share of weights kept."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        errors, count, kept = torch.zeros(2, dtype=torch.float64), 0, []
+        for batch in batches:
+            x0 = self._pictures(batch).to(self.device)
+            t = uniform_t(len(x0), len(self.schedule), generator=generator).to(x0.device)
+            noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+            both = [self._error(self.model(generator, masks=masks), x0, t, noise) for masks in (True, False)]
+            errors += len(x0) * torch.stack(both).cpu().double()
+            if not count:
+                kept = list(self.masked.density(self.schedule.q_sample(x0, t, noise), t, generator=generator).values())
+            count += len(x0)
+        if not count:
+            return {}
+        with_masks, without = (errors / count).tolist()
+        return {"error with masks": with_masks, "error without": without, "weights kept": sum(kept) / len(kept)}
+
+    @property
+    def trajectory_steps(self) -> int:
+        """Network calls for a sample."""
+        return min(int(self.config.sample_steps), len(self.schedule))
+
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        *,
+        callback: Callback | None = None,
+        masks: bool = True,
+    ) -> Tensor:
+        """Draw `n` new pictures: `[n, C, H, W]` in [0, 1].
+
+        Args:
+            n: how many.
+            generator: of the noise that they begin at, and of the masks.
+            callback: sees every step, with pictures in [-1, 1].
+            masks: false: with the model as it was trained, from the same noise.
+        """
+        device = generator.device if generator is not None else self.device
+        x = torch.randn((n, *self.shape), generator=generator, device=device).to(self.device)
+        drawn = sample_ddim(
+            self.model(generator, masks=masks), x, self.schedule, steps=self.trajectory_steps, eta=self.config.eta,
+            predict=self.predicts, clip=True, callback=callback, generator=generator,
+        )  # fmt: skip
+        return (drawn + 1).div(2).clamp(0, 1)
+
+    def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures from the same noise with masks and without."""
+        state, n = generator.get_state(), len(batch.x)
+        masked = self.sample(n, generator)
+        return {"with masks": masked, "without": self.sample(n, generator.set_state(state), masks=False)}
+
+
+NO_MODEL = "masks are learned for a trained model: sfumato train maskunet --data WHERE --init runs/ddpm/STAMP"
+
+# Without training
+
+Reward = Callable[[Tensor], Tensor]
+"""What pictures `[B, C, H, W]` are worth, `[B]`; differentiable, higher is better."""
+
+
+def optimise_masks(
+    step: Callable[[], tuple[Any, Tensor]], masked: MaskedUNet, reward: Reward, *, iters: int = 10, lr: float = 1e-2
+) -> Any:
+    """Move gates towards a reward at one sampling step; afterwards they are what they were.
+
+    Args:
+        step: runs the network once, with new gates, and gives whatever sampling goes on with, and the guess of the clean
+            pictures `[B, C, H, W]` as the reward wants them.
+        masked: whose `mask_parameters` are moved, by AdamW.
+        reward: its mean over the pictures rises.
+        iters: calls of `step`; with 1 nothing is moved.
+        lr: learning rate.
+
+    Returns:
+        What the last call of `step` gave, detached if a tensor.
+    """
+    parameters = masked.mask_parameters()
+    before = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr)
+    try:
+        for _ in range(iters - 1):
+            with torch.enable_grad():
+                loss = -reward(step()[1]).mean()
+            for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                p.grad = gradient
+            optimizer.step()
+        with torch.no_grad():
+            return step()[0]
+    finally:
+        with torch.no_grad():
+            for p, value in zip(parameters, before, strict=True):
+                p.copy_(value)
+                p.grad = None
+
+
+def rewarded_model(
+    masked: MaskedUNet,
+    reward: Reward,
+    schedule: Schedule,
+    *,
+    iters: int = 10,
+    early: int = 7,
+    lr: float = 1e-2,
+    predict: str = "eps",
+    decode: Callable[[Tensor], Tensor] = lambda x0: (x0 + 1) / 2,
+    generator: torch.Generator | None = None,
+) -> Model:
+    """A model for any sampler, whose gates are moved towards a reward at every late call. It counts its calls: for one run.
+
+    Args:
+        masked: with `by="free"`: one logit a weight, shared by the pictures of a batch.
+        reward: of the guess of the clean pictures.
+        schedule: of the sampler.
+        iters: network calls at a late step.
+        early: steps at the beginning that take one call; the authors' 7 of 15.
+        lr: learning rate of the logits.
+        predict: what the network predicts.
+        decode: from the guess to what the reward takes; a latent model's decoder, or by default from [-1, 1] to [0, 1].
+        generator: source of the gates.
+    """
+    calls = 0
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+
+        def step() -> tuple[Tensor, Tensor]:
+            out: Tensor = masked(x, t, generator=generator).sample
+            return out, decode(convert(out, x, t, schedule, source=predict, target="x0"))
+
+        out: Tensor = optimise_masks(step, masked, reward, iters=iters if calls > early else 1, lr=lr)
+        return out
+
+    return model
+
+
+# Claims
+
+BASE = {"channels": 1, "image_size": 8, "width": 16, "attn_at": (0, 1), "batch_size": 32}
+BASE_STEPS, MASK_STEPS = 500, 300
+TIMES, DRAWN, PER_DIGIT = 10, 200, 5
+"""Times that held-out errors are taken at; samples drawn to see how far they are from digits, and of each digit asked for."""
+
+
+def _base(lab: Lab) -> tuple[Batch, Batch, DDPM]:
+    """Digits, and a small model of them with attention on the way up."""
+    train, test = digits(seed=lab.seed)
+    return train, test, lab.fit(DDPM(DDPM.Config.small(**BASE)), train, steps=lab.steps(BASE_STEPS))
+
+
+@claim(
+    "Masks on a frozen diffusion model's weights that follow time and sample lower its error on held-out pictures, more than a "
+    "static learned mask, and than random masks that keep as many weights",
+    Better("noise error", "masks", over="frozen", higher=False),
+    Better("noise error", "masks", over="static mask", higher=False),
+    Better("noise error", "static mask", over="frozen", higher=False),
+    Better("noise error", "masks", over="random masks", higher=False),
+    seeds=range(100, 105),
+    note="Digits of 8 x 8 pixels; 500 steps of 32 pictures for the model, 300 for the masks of its attention layers on the way "
+    "up; errors at 10 times on one noise a held-out picture, with masks drawn as in sampling. The static mask has the same "
+    "generators and adapters, told nothing; random masks keep as many weights in every layer. Beside them: masks by time alone, "
+    "and the same layers fine-tuned by the masks' optimizer, which have a third as many parameters (LoRA of equal size would be "
+    "of more than full rank here). The model is far from trained out, so whatever may still learn lowers its error: how far, the "
+    "fine-tuned layers say.",
+)
+def learned_masks(lab: Lab) -> Figures:
+    """Mean squared error of the predicted noise on held-out digits, and the Fréchet distance of samples by a small classifier."""
+    train, test, ddpm = _base(lab)
+    unet, schedule, steps = ddpm.average.module, ddpm.schedule, lab.steps(MASK_STEPS)
+    arms: dict[str, nn.Module] = {"frozen": unet}
+    for arm, by in {"masks": "sample", "static mask": "static", "masks by time": "time"}.items():
+        config = MaskUNet.Config.small(by=by, batch_size=32)
+        arms[arm] = lab.fit(MaskUNet.init_from(config, ddpm), train, steps=steps).masked
+    x0, masked, random = 2 * test.x - 1, arms["masks"], MaskedUNet(unet, by="free")
+    assert isinstance(masked, MaskedUNet)
+    t = uniform_t(len(x0), len(schedule), generator=lab.generator)
+    noisy = schedule.q_sample(x0, t, torch.randn(x0.shape, generator=lab.generator))
+    kept = masked.density(noisy, t, generator=lab.generator)
+    for logits, share in zip(random.mask_parameters(), kept.values(), strict=True):
+        logits.data.fill_(float(keep_logit(share)))
+    arms |= {"random masks": random, "fine-tuned layers": _fine_tuned(ddpm, train, config, lab)}
+    features, figures = _classifier(train, lab)[:-1], {}
+    for arm, net in arms.items():
+        start, model = torch.randn(DRAWN, *ddpm.shape, generator=lab.generator), _model(net, lab.generator)
+        drawn = sample_ddim(model, start, schedule, steps=10, clip=True).add(1).div(2)
+        distance = frechet_features(features(drawn), features(test.x))
+        figures[arm] = {"noise error": _held_out(net, x0, schedule, lab), "frechet_small": float(distance)}
+        lab.picture(arm, drawn[:16])
+    figures["masks"] |= {"weights kept": sum(kept.values()) / len(kept), "parameters": _count(masked.mask_parameters())}
+    figures["fine-tuned layers"]["parameters"] = _count(masked.gated_weights.values())
+    return figures
+
+
+def _model(net: nn.Module, generator: torch.Generator) -> Model:
+    """With masks drawn from `generator` where there are masks."""
+    if isinstance(net, MaskedUNet):
+        return lambda x, t: net(x, t, generator=generator).sample
+    return lambda x, t: net(x, t).sample
+
+
+def _count(tensors: Iterable[Tensor]) -> float:
+    return float(sum(p.numel() for p in tensors))
+
+
+@torch.no_grad()
+def _held_out(net: nn.Module, x0: Tensor, schedule: Schedule, lab: Lab) -> float:
+    """Over times from low noise to high, at noise that all arms share."""
+    noise, model = torch.randn(x0.shape, generator=lab.generator), _model(net, lab.generator)
+    times = torch.linspace(0, len(schedule) - 1, TIMES).long()
+    return float(torch.stack([denoising_loss(model, x0, t.expand(len(x0)), noise, schedule) for t in times]).mean())
+
+
+def _fine_tuned(ddpm: DDPM, train: Batch, config: Any, lab: Lab) -> nn.Module:
+    """A copy in which the weights that masks would act on have learned instead, by the masks' optimizer."""
+    masked, generator = MaskedUNet(copy.deepcopy(ddpm.average.module)), lab.generator
+    net, weights = masked.unet, [w.requires_grad_() for w in masked.gated_weights.values()]
+    optimizer = torch.optim.AdamW(weights, config.lr, weight_decay=config.weight_decay)
+    for _ in range(lab.steps(MASK_STEPS)):
+        x0 = 2 * train.x[torch.randint(len(train), (config.batch_size,), generator=generator)] - 1
+        t = uniform_t(len(x0), len(ddpm.schedule), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        optimizer.zero_grad()
+        denoising_loss(_model(net, generator), x0, t, noise, ddpm.schedule).backward()
+        nn.utils.clip_grad_norm_(weights, config.clip_norm)
+        optimizer.step()
+    return net
+
+
+@claim(
+    "Masks moved towards a reward while sampling, without training, raise it above sampling with all weights and above random "
+    "masks of the same density",
+    Better("reward", "moved masks", over="all weights"),
+    Better("reward", "moved masks", over="random masks"),
+    Holds("higher than with all weights for 80 % of the samples", lambda f: f["moved masks"]["samples raised, %"] >= 80),
+    Holds("more than 85 % of the weights are kept", lambda f: f["moved masks"]["weights kept"] > 0.85),
+    seeds=range(100, 105),
+    note="The reward is a small classifier's log-probability of a digit, of each digit for 5 samples that share their masks; 15 "
+    "steps of DDIM, the last 8 of ten network calls each. All arms begin at the same noise. Random masks are those that the "
+    "moved ones begin with at every step: 93 % of the attention weights of the way up, kept by chance.",
+)
+def rewarded_masks(lab: Lab) -> Figures:
+    """Mean log-probability of the digit asked for, at the end of sampling."""
+    train, _, ddpm = _base(lab)
+    judge, schedule = _classifier(train, lab), ddpm.schedule
+    masked, noises, generator = MaskedUNet(ddpm.average.module, by="free"), lab.generator, lab.generator
+    rewards: dict[str, list[Tensor]] = {}
+    shown: dict[str, list[Tensor]] = {}
+    kept: list[Tensor] = []
+
+    def decode(x0: Tensor) -> Tensor:
+        logits = torch.cat([p.detach().flatten() for p in masked.mask_parameters()])
+        kept.append(1 - torch.exp(-logits.exp()).mean())
+        return (x0 + 1) / 2
+
+    for digit in range(10):
+        start = torch.randn(PER_DIGIT, *ddpm.shape, generator=noises)
+
+        def reward(pictures: Tensor, digit: int = digit) -> Tensor:
+            return F.log_softmax(judge(pictures), 1)[:, digit]
+
+        arms: dict[str, Model] = {
+            "all weights": _model(masked.unet, generator),
+            "random masks": _model(masked, generator),
+            "moved masks": rewarded_model(masked, reward, schedule, decode=decode, generator=generator),
+        }
+        for arm, model in arms.items():
+            drawn = sample_ddim(model, start, schedule, steps=15).add(1).div(2)
+            rewards.setdefault(arm, []).append(reward(drawn))
+            shown.setdefault(arm, []).append(drawn[:1])
+    found = {arm: torch.cat(values) for arm, values in rewards.items()}
+    for arm, pictures in shown.items():
+        lab.picture(arm, torch.cat(pictures))
+    figures = {arm: {"reward": float(values.mean())} for arm, values in found.items()}
+    for arm in ("random masks", "moved masks"):
+        figures[arm]["samples raised, %"] = 100 * float((found[arm] > found["all weights"]).double().mean())
+    figures["moved masks"]["weights kept"] = float(torch.stack(kept).min())
+    return figures
+
+
+def _classifier(train: Batch, lab: Lab) -> nn.Sequential:
+    """A network with one hidden layer on pictures in [0, 1]."""
+    assert train.label is not None
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2, weight_decay=1e-4)
+    for _ in range(lab.steps(200)):
+        optimizer.zero_grad()
+        F.cross_entropy(net(train.x), train.label).backward()
+        optimizer.step()
+    return net.requires_grad_(False)
