@@ -92,10 +92,10 @@ def gated_conv2d(
         BadData: gates of another shape.
     """
     _check_gate(gate, weight, x)
-    gated, how = weight * gate.to(weight.dtype), {"stride": stride, "padding": padding, "dilation": dilation}
+    gated, how = weight * gate.to(weight.dtype), dict[str, Any](stride=stride, padding=padding, dilation=dilation)
     if gate.ndim == weight.ndim:
-        return F.conv2d(x, gated, bias, **how)  # type: ignore[arg-type]
-    y = F.conv2d(x.flatten(0, 1)[None], gated.flatten(0, 1), groups=len(x), **how)  # type: ignore[arg-type]
+        return F.conv2d(x, gated, bias, **how)
+    y = F.conv2d(x.flatten(0, 1)[None], gated.flatten(0, 1), groups=len(x), **how)
     y = y.view(len(x), len(weight), *y.shape[2:])
     return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)
 
@@ -197,11 +197,11 @@ def _constant(value: float, *shape: int) -> nn.Parameter:
 class _BlockGates(nn.Module):
     """Where the logits of one block's layers come from."""
 
-    def __init__(self, block: Any, layers: Sequence[nn.Module], by: str, hidden: int, factor: int, logit: float) -> None:
+    def __init__(self, block: Any, layers: Sequence[Any], by: str, hidden: int, factor: int, logit: float) -> None:
         super().__init__()
         self.by, self.generators = by, nn.ModuleDict()
         if by == "free":
-            self.logits = nn.ParameterList(_constant(logit, *layer.weight.shape) for layer in layers)  # type: ignore[arg-type]
+            self.logits = nn.ParameterList(_constant(logit, *layer.weight.shape) for layer in layers)
             return
         first, adapters = block.resnets[0], []
         for layer in layers:
@@ -211,8 +211,8 @@ class _BlockGates(nn.Module):
                     first.conv1.in_channels, first.conv1.out_channels, first.time_emb_proj.in_features,
                     hidden=hidden, factor=factor, kernel=kernel,
                 )  # fmt: skip
-            coarse = self.generators[str(kernel)]
-            adapters.append(MaskAdapter(coarse.rows, coarse.cols, *layer.weight.shape[:2], logit=logit))  # type: ignore[misc, arg-type]
+            coarse: Any = self.generators[str(kernel)]
+            adapters.append(MaskAdapter(coarse.rows, coarse.cols, *layer.weight.shape[:2], logit=logit))
         self.adapters = nn.ModuleList(adapters)
 
     def look(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
