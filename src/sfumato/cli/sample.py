@@ -61,12 +61,7 @@ def sample(
             drawn = _steady(method, run, count, keep, window, BATCH[points], generator)
         else:
             sizes = [min(BATCH[points], count - i) for i in range(0, count, BATCH[points])]
-            if film:
-                shown: Any = method  # a TrajectorySampler
-                watch = _watch(frames, shown.trajectory_steps)
-                drawn = torch.cat([shown.sample(size, generator, callback=watch) for size in sizes])
-            else:
-                drawn = torch.cat([method.sample(size, generator) for size in sizes])
+            drawn = torch.cat(_filmed(method, sizes, generator, frames) if film else [method.sample(n, generator) for n in sizes])
     _write(drawn.float().cpu(), out, [torch.cat(parts) for parts in zip(*frames)])
 
 
@@ -83,6 +78,12 @@ def _tell(method: Any, run: Path, told: dict[str, Any]) -> None:
     steps = told.get("steps")
     if steps is not None and isinstance(method, TrajectorySampler) and method.trajectory_steps < steps:
         raise BadSetting(f"--steps {steps}: {run} knows {method.trajectory_steps} noise levels, so it takes no more steps")
+
+
+def _filmed(method: Any, sizes: list[int], generator: torch.Generator, frames: list[list[Tensor]]) -> list[Tensor]:
+    """Batches of samples; their steps go to `frames`."""
+    watch = _watch(frames, method.trajectory_steps)
+    return [method.sample(size, generator, callback=watch) for size in sizes]
 
 
 def _watch(frames: list[list[Tensor]], steps: int) -> Callable[[Any], None]:
