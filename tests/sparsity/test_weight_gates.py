@@ -187,6 +187,8 @@ def test_words_are_refused_in_one_line(unet):
         MaskedUNet(unet, by="text")
     with pytest.raises(BadSetting, match=r"include some of .*conv1"):
         MaskedUNet(small_unet(8, 1, width=8, mults=(1, 2)))
+    with pytest.raises(BadSetting, match="Linear has no up_blocks"):
+        MaskedUNet(torch.nn.Linear(2, 2))
     masked = _masked(unet)
     masked.unet.enable_gradient_checkpointing()
     with pytest.raises(BadSetting, match="disable_gradient_checkpointing"):

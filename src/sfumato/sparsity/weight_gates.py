@@ -254,7 +254,7 @@ class MaskedUNet(nn.Module):
         layers: names of the gated layers.
 
     Raises:
-        BadSetting: unknown words, or no such layer.
+        BadSetting: unknown words, no such layer, or no U-Net.
     """
 
     def __init__(
@@ -274,8 +274,10 @@ class MaskedUNet(nn.Module):
         for word, known in ((where, PLACES), (by, BY)):
             if word not in known:
                 raise BadSetting(f"there is no {word!r}: use {', '.join(known)}")
+        found = getattr(unet, where, None)
+        if found is None:
+            raise BadSetting(f"this {type(unet).__name__} has no {where}: give a U-Net of diffusers, and a part that it has")
         self.unet, self.tau, self.sample = unet.requires_grad_(False), tau, sample
-        found = getattr(unet, where)
         blocks = list(found.named_children()) if isinstance(found, nn.ModuleList) else [("", found)]
         self._gated: list[tuple[nn.Module, list[tuple[str, nn.Module]]]] = []
         for number, block in blocks:
