@@ -213,7 +213,7 @@ _FEW = 10
     Holds(f"with UMS in {_FEW} steps some are not", lambda f: f[f"UMS, {_FEW} steps"]["share not positive"] > 0),
     seeds=range(100, 105),
     note="Digits of 8 x 8 pixels; the same U-Net, 500 steps and 125 network calls for every arm (DLS and UMS: 5 more, without "
-    "noise). DDPM is sampled by DDIM and ancestrally, the better one counts. Squared Fréchet distances in the features of a small "
+    "noise). DDPM is sampled by DDIM and ancestrally, the better one counts. Squared Fréchet distances in features of a small "
     "classifier of the same digits; by 2 in log2 is a quarter. The network gives the noise, seen from log x, and all times weigh "
     "alike: the CPU preset, our choice.",
 )
