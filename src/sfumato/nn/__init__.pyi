@@ -73,6 +73,7 @@ from .trace_of_jacobian import draw_probes as draw_probes
 from .two_head_unet import TwoHeadUNet as TwoHeadUNet
 from .unet import small_unet as small_unet
 from .unet import unet_decode as unet_decode
+from .unet import unet_embed as unet_embed
 from .unet import unet_encode as unet_encode
 from .vit_blocks import initialise_linear as initialise_linear
 from .vit_blocks import run_blocks as run_blocks
