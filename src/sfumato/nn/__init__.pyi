@@ -34,6 +34,8 @@ from .linear_models import LinearisedModel as LinearisedModel
 from .linear_models import ScaledOutput as ScaledOutput
 from .linear_models import linearise as linearise
 from .linear_models import scale_output as scale_output
+from .lora import LowRank as LowRank
+from .lora import add_lora as add_lora
 from .masked_convnet import ConvStages as ConvStages
 from .masked_convnet import MaskedConvEncoder as MaskedConvEncoder
 from .masked_norms import masked_batch_norm as masked_batch_norm
