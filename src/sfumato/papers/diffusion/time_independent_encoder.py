@@ -266,9 +266,9 @@ def encoder_decoder_similarity(unet: Any, sampler: Callable[..., Tensor], x: Ten
 
 # The claims
 
-WIDTH, TEACHER_STEPS, STUDENT_STEPS, STUDENT_BATCH = 16, 600, 200, 32
+WIDTH, TEACHER_STEPS, STUDENT_STEPS, STUDENT_BATCH = 16, 500, 150, 32
 TIMES = (751, 501, 251, 1)
-DRAWN, REPEATS = 1000, 25
+DRAWN, REPEATS = 500, 25
 
 
 def _teacher(lab: Lab) -> tuple[DDPM, Batch, Batch]:
@@ -352,7 +352,7 @@ def distillation(lab: Lab) -> Figures:
         return figures | {"recall": float(shares.recall), "precision": float(shares.precision)}
 
     figures: Figures = {"held-out pictures": judged(2 * test.x - 1)}
-    for steps in (4, 50):
+    for steps in (4, 20):
         drawn = sample_ddim(_plain(ddpm.average.module), z, ddpm.schedule, steps=steps, clip=True)
         figures[f"teacher, {steps} steps"] = judged(drawn)
         lab.picture(f"teacher, {steps} steps", _shown(drawn[:32]))
