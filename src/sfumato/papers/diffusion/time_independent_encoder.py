@@ -37,7 +37,7 @@ from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.data.batch import Batch
 from sfumato.data.samples import digits
 from sfumato.diffusion import (
-    FiniteTrajectory,
+    ddim_coefficients,
     fake_score_loss,
     noise_kl,
     range_t,
@@ -102,8 +102,7 @@ class TiUE(Method):
         self.vsd_times = max(0, round(low * count)), min(count, round(high * count))
         if not self.vsd_times[0] < self.vsd_times[1]:
             raise BadSetting(f"vsd_range={c.vsd_range} holds none of {count} times: give shares such as (0.02, 0.981)")
-        if max(c.decoder_times) >= count:
-            raise BadSetting(f"decoder_times={c.decoder_times} must be below the teacher's {count} times")
+        ddim_coefficients(self.base.schedule, c.decoder_times)  # refuses times that no sampler takes
         self._drawn: list[Tensor] = []
         self._told: dict[str, Tensor] = {}
 
