@@ -40,7 +40,7 @@ def peer_loop(net: Any, x: Tensor, steps: int) -> Run:
 
 @race(
     "One encoder pass for four decoders, against the ordinary loop of four whole steps",
-    "Decoders at once and one after the other give the same pictures. The ordinary loop gives others, since its encoder sees what "
+    "Decoders at once and one after the other give the same pictures. The ordinary loop gives others, as its encoder sees what "
     "each step made: a student is trained to do without. One pass saves three encoders of four; what the decoders cost in one "
     "batch depends on what is idle. For one picture a small network is mostly the cost of its calls, which one batch pays once; "
     "with many pictures or a large network every decoder costs what it computes, and the gain is the encoders'.",

@@ -108,11 +108,10 @@ def test_one_decoder_is_one_step(predict):
 def test_a_decoder_that_ignores_its_skips_and_middle_makes_it_the_ordinary_loop():
     """Nothing but the time reaches the output: then a shared encoder shares nothing that matters."""
     net, z = _net(), _noise(2, 2, 8, 8)
-    decode = unet_decode
 
     def ordinary(x, t):
-        h, skips, e = unet_encode(net, torch.zeros_like(x), torch.zeros_like(t))
-        return decode(net, h, skips, unet_embed(net, t))
+        h, skips, _ = unet_encode(net, torch.zeros_like(x), torch.zeros_like(t))
+        return unet_decode(net, h, skips, unet_embed(net, t))
 
     with torch.no_grad():
         net.conv_in.weight.zero_()
@@ -128,8 +127,8 @@ def test_gradients_reach_both_halves_and_numbers_that_are_none_are_told():
     drawn = shared_encoder_sample(net, z, None, LINEAR)
     (drawn.x0.square().mean() + noise_kl(drawn.eps.flatten(0, 1))).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+    z[1] = torch.nan
     with torch.no_grad(), pytest.raises(Diverged, match="1 of 2 samples"):
-        z[1] = torch.nan
         shared_encoder_sample(net, z, None, LINEAR)
 
 

@@ -26,6 +26,7 @@ True
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ from sfumato.losses.divergences import gaussian_kl
 from sfumato.nn.unet import unet_decode, unet_embed, unet_encode
 
 Model = Callable[..., Any]
-"""`model(x_t, t)`, or `model(x_t, t, cond)` where there is a condition; diffusers' networks, whose `.sample` is taken, or tensors."""
+"""`model(x_t, t)`, or `model(x_t, t, cond)` where there is a condition; gives a tensor, or one as `.sample`, as diffusers do."""
 
 
 class SharedEncoderSample(NamedTuple):
@@ -262,7 +263,7 @@ def _times(schedule: Schedule | Any, tables: Schedule, steps: int, times: Sequen
 
 
 def _check_times(times: Sequence[int], schedule: Schedule) -> None:
-    falling = all(a > b for a, b in zip(times, times[1:]))
+    falling = all(a > b for a, b in itertools.pairwise(times))
     if not times or not falling or not 0 <= times[-1] <= times[0] < len(schedule):
         raise BadSetting(f"the times of the decoders must fall within {len(schedule) - 1} to 0, not be {list(times)}")
 

@@ -67,7 +67,7 @@ def convert(value: Tensor, x_t: Tensor, t: Tensor | int, schedule: Schedule, *, 
 
 
 def read_schedule(schedule: Schedule | Any, predict: str | None = None) -> tuple[Schedule, str]:
-    """The tables, and what a network trained with them predicts: `predict`, else what a scheduler of diffusers says, else "eps"."""
+    """The tables, and what a network of theirs predicts: `predict`, else what a scheduler of diffusers says, else "eps"."""
     if isinstance(schedule, Schedule):
         return schedule, predict or "eps"
     named = schedule.config.prediction_type

@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -152,7 +153,8 @@ def test_the_claims_in_small():
     first, second = shared_encoder(lab), distillation(lab)
     for claim, figures in ((shared_encoder, first), (distillation, second)):
         for condition in claim.conditions:
-            assert isinstance(condition.difference(figures) if isinstance(condition, Better) else condition.fn(figures), float | bool)
+            found = condition.difference(figures) if isinstance(condition, Better) else condition.fn(figures)
+            assert found in (True, False) or math.isfinite(found)
     assert first["one step"]["times one step"] == 1
     assert {"encoder", "decoder"} == {curve["arm"] for curve in lab.curves}
     assert {"shared encoder", "without KL", "one step", "teacher, 4 steps", "teacher, 20 steps"} < second.keys()

@@ -4,7 +4,7 @@
 
 From step to step the encoder's features of a diffusion U-Net hardly change, the decoder's do (`encoder_decoder_similarity`). The
 student begins as the teacher, a DDPM run (`--init RUN`), and sees no picture: variational score distillation compares the
-teacher's score of its pictures with that of a second network, which learns, in turn, what the student draws. The KL keeps the mean
+teacher's score of its pictures with that of a second network, which learns, in turn, what the student draws. The KL keeps mean
 and variance of each noise map near those of noise. The parts take networks of diffusers: `sfumato.diffusion.distillation`.
 
 Source: Li, Wang, Wang, Liu, Xie, van de Weijer, Khan, Yang, Wang, Yang, "One-Way Ticket: Time-Independent Unified Encoder for
@@ -72,10 +72,10 @@ class TiUE(Method):
         kl_weight: float = Field(
             0.8, ge=0, description="weight of a picture's KL, summed over its noise maps; 0.8: 0.1 of the sum over a batch of 8"
         )
-        vsd_range: tuple[float, float] = Field((0.02, 0.981), description="times at which scores are compared, shares of all times")
+        vsd_range: tuple[float, float] = Field((0.02, 0.981), description="times that scores are compared at, shares of all")
         lr: float = Field(1e-6, gt=0, description="Adam's learning rate for the student")
         fake_lr: float = Field(1e-3, gt=0, description="Adam's learning rate for the fake score")
-        rank: int | None = Field(64, gt=0, description="of the fake score's change of the teacher (LoRA); None: all of its weights")
+        rank: int | None = Field(64, gt=0, description="of the fake score's change of the teacher (LoRA); None: all weights")
         alpha: float = Field(108.0, gt=0, description="that change is multiplied by alpha / rank")
         ema: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights that samples are drawn with")
         ddpm: dict[str, Any] | None = Field(None, description="how the teacher is built; fills itself in")
@@ -278,16 +278,16 @@ def _teacher(lab: Lab) -> tuple[DDPM, Batch, Batch]:
 
 
 @claim(
-    "From step to step the encoder of a diffusion U-Net changes less than its decoder; and one pass of it for four decoders at once "
-    "takes at most twice the time of one step for a picture, where four whole steps take 2.5 times as long or more",
+    "From step to step the encoder of a diffusion U-Net changes less than its decoder; and one pass of it for four decoders at "
+    "once takes at most twice the time of one step for a picture, where four whole steps take 2.5 times as long or more",
     Better("similarity", "encoder", over="decoder"),
     Holds("one pass and four decoders at most twice the time of one step", lambda f: f["shared encoder"]["times one step"] <= 2),
     Holds("four whole steps at least 2.5 times that of one", lambda f: f["four steps"]["times one step"] >= 2.5),
     seeds=range(100, 105),
-    note="A model of 8 x 8 digits; cosine between the features of neighbouring steps of DDIM in 10, over 256 samples and all blocks. "
-    "Time: of one picture, processor time of one thread, the median of 25 runs in turn. With one picture a network this small leaves "
-    "the processor idle, as one picture does a large accelerator; with many at once the four decoders cost what they compute, "
-    "some 2.8 steps.",
+    note="A model of 8 x 8 digits; cosine between the features of neighbouring steps of DDIM in 10, over 256 samples and all "
+    "blocks. Time: of one picture, processor time of one thread, the median of 25 runs in turn. A network this small spends it "
+    "on its calls, which one batch pays once, as one picture does not fill a large accelerator; with many pictures the four "
+    "decoders cost what they compute.",
 )
 def shared_encoder(lab: Lab) -> Figures:
     """Similarities of a trained teacher, and what a picture takes."""
@@ -326,16 +326,15 @@ def _in_turn(runs: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, f
 
 
 @claim(
-    "A student with one pass of the encoder and four decoders draws better pictures than a one-step student that trained as long, "
-    "and the KL of its noise maps makes them more diverse",
+    "A student with one pass of the encoder and four decoders draws better pictures than a one-step student that trained as "
+    "long, and the KL of its noise maps makes them more diverse",
     Better("Fréchet distance", "shared encoder", over="one step", higher=False),
     Better("recall", "shared encoder", over="without KL"),
     seeds=range(100, 105),
-    note="8 x 8 digits, a teacher of 600 steps, students of 200 steps of 32 pictures, which are two minutes for five seeds and far "
-    "too few for score distillation to settle: what is compared is how far students come at equal steps. All begin as the teacher; "
-    "the one-step student's time is the first of the four. Fréchet distance and recall (third neighbour) in the features of a small "
-    "classifier, 1000 samples against the training pictures. Beside them: the teacher's own 4 and 50 steps, and the students before "
-    "training.",
+    note="8 x 8 digits, a teacher of 500 steps, students of 150 steps of 32 pictures: far too few for score distillation to "
+    "settle. What is compared is how far students come in equal steps. All begin as the teacher; the one-step student's time is "
+    "the first of the four. Fréchet distance and recall (third neighbour) in the features of a small classifier, 500 samples "
+    "against the training pictures. Beside them: the teacher's own 4 and 20 steps, and the students before training.",
 )
 def distillation(lab: Lab) -> Figures:
     """Each student's pictures, and the teacher's, seen through a classifier."""
