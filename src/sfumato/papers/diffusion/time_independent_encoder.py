@@ -144,12 +144,19 @@ class TiUE(Method):
     # ---- training
 
     def draw(self, net: nn.Module, n: int, generator: torch.Generator | None = None) -> SharedEncoderSample:
-        """`n` pictures in [-1, 1], not clamped, and their noise maps."""
-        device = self.device if generator is None else generator.device
-        z = torch.randn((n, *self.base.shape), generator=generator, device=device).to(self.device)
-        return self._pictures(net, z)
+        """`n` pictures in [-1, 1], not clamped, and their noise maps; with gradients."""
+        return self._decoded(net, self._start(n, generator))
 
-    def _pictures(self, net: nn.Module, z: Tensor) -> SharedEncoderSample:
+    @torch.no_grad()
+    def pictures(self, net: nn.Module, z: Tensor) -> Tensor:
+        """What a network makes of noise `[B, C, H, W]`: pictures in [-1, 1], not clamped."""
+        return self._decoded(net, z).x0
+
+    def _start(self, n: int, generator: torch.Generator | None) -> Tensor:
+        device = self.device if generator is None else generator.device
+        return torch.randn((n, *self.base.shape), generator=generator, device=device).to(self.device)
+
+    def _decoded(self, net: nn.Module, z: Tensor) -> SharedEncoderSample:
         times, kind = self.config.decoder_times, self.base.config.predict
         return shared_encoder_sample(net, z, None, self.base.schedule, times=times, predict=kind)
 
@@ -192,19 +199,16 @@ class TiUE(Method):
         """Of a picture."""
         return self.base.shape
 
-    @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw `n` new pictures: `[n, C, H, W]` in [0, 1]."""
-        return _shown(self.draw(self.base.average.module, n, generator).x0)
+        return _shown(self.pictures(self.base.average.module, self._start(n, generator)))
 
-    @torch.no_grad()
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """What teacher, by its own 50 steps, and student make of the same noise."""
-        shape, base = (len(batch), *self.base.shape), self.base
-        z = torch.randn(shape, generator=generator, device=generator.device).to(self.device)
+        base, z = self.base, self._start(len(batch), generator)
         steps, kind = min(50, len(base.schedule)), base.config.predict
         slow = sample_ddim(_plain(self.teacher), z, base.schedule, steps=steps, predict=kind, clip=True)
-        return {"teacher": _shown(slow), "student": _shown(self._pictures(base.average.module, z).x0)}
+        return {"teacher": _shown(slow), "student": _shown(self.pictures(base.average.module, z))}
 
 
 def _original(name: str) -> str:
@@ -361,11 +365,10 @@ def distillation(lab: Lab) -> Figures:
     }
     for arm, settings in arms.items():
         student = TiUE.init_from(TiUE.Config.small(batch_size=STUDENT_BATCH, **settings), ddpm)
-        with torch.no_grad():
-            if settings.get("kl_weight") == 0:  # with the KL it begins as without
-                figures[f"{arm}, untrained"] = judged(student._pictures(student.teacher, z).x0)
-            student = lab.fit(student, train, steps=lab.steps(STUDENT_STEPS))
-            drawn = student._pictures(student.base.average.module, z).x0
+        if settings.get("kl_weight") == 0:  # with the KL it begins as without
+            figures[f"{arm}, untrained"] = judged(student.pictures(student.teacher, z))
+        student = lab.fit(student, train, steps=lab.steps(STUDENT_STEPS))
+        drawn = student.pictures(student.base.average.module, z)
         figures[arm] = judged(drawn)
         lab.picture(arm, _shown(drawn[:32]))
     return figures
