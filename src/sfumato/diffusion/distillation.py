@@ -97,7 +97,7 @@ def shared_encoder_sample(
         out = unet_decode(unet, _repeat(h, count), tuple(_repeat(s, count) for s in skips), temb, cond=states)
     else:
         out = torch.cat([unet_decode(unet, h, skips, e, cond=cond) for e in temb.split(batch)])
-    x, maps, watch = z, [], FiniteTrajectory(z, count)
+    x, maps, watch = z, list[Tensor](), FiniteTrajectory(z, count)
     for k, (answer, here) in enumerate(zip(out.split(batch), found, strict=True)):
         x0, eps = (convert(watch(k, answer), x, here, tables, source=kind, target=target) for target in ("x0", "eps"))
         x, _ = ddim_mean(x0, eps, here, found[k + 1] if k + 1 < count else end, tables)
@@ -249,7 +249,7 @@ def _eps(
 
 def _times(schedule: Schedule | Any, tables: Schedule, steps: int, times: Sequence[int] | None) -> tuple[list[int], int | None]:
     """The decoders' times, and the time that the last of them leads to."""
-    end = None
+    end: int | None = None
     if isinstance(schedule, Schedule):
         found = ddim_times(tables, steps) if times is None else [int(t) for t in times]
     else:

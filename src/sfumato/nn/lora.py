@@ -19,6 +19,7 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 20
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ def add_lora(
     """
     if rank < 1:
         raise BadSetting(f"rank={rank}: a low-rank change needs 1 at least")
-    layers = [m for m in module.modules() if isinstance(m, kinds) and not parametrize.is_parametrized(m)]
+    layers: list[Any] = [m for m in module.modules() if isinstance(m, kinds) and not parametrize.is_parametrized(m)]
     if not layers:
         raise BadSetting(f"{type(module).__name__} has no layers of {', '.join(k.__name__ for k in kinds)} to change")
     module.requires_grad_(False)
