@@ -199,7 +199,8 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        *("color_masks", "hard_masks", "frequencies", "sampling", "sampling_overhead", "information_bins", "information_kde"),
+        *("color_masks", "hard_masks", "frequencies", "sampling", "sampling_overhead", "encoder_once"),
+        *("information_bins", "information_kde"),
         *(pytest.param(name, marks=SLOW) for name in ("adahessian", "cbsn", "engine_bare")),
     ],
 )

@@ -1,4 +1,10 @@
 from .blind_sampling import sample_blind as sample_blind
+from .distillation import SharedEncoderSample as SharedEncoderSample
+from .distillation import ddim_coefficients as ddim_coefficients
+from .distillation import fake_score_loss as fake_score_loss
+from .distillation import noise_kl as noise_kl
+from .distillation import shared_encoder_sample as shared_encoder_sample
+from .distillation import vsd_loss as vsd_loss
 from .finite import FiniteTrajectory as FiniteTrajectory
 from .hspace import edit_h as edit_h
 from .hspace import h_function as h_function

@@ -66,6 +66,14 @@ def convert(value: Tensor, x_t: Tensor, t: Tensor | int, schedule: Schedule, *, 
     return {"eps": eps, "x0": x0, "v": signal * eps - noise * x0, "score": -eps / noise}[target]
 
 
+def read_schedule(schedule: Schedule | Any, predict: str | None = None) -> tuple[Schedule, str]:
+    """The tables, and what a network of theirs predicts: `predict`, else what a scheduler of diffusers says, else "eps"."""
+    if isinstance(schedule, Schedule):
+        return schedule, predict or "eps"
+    named = schedule.config.prediction_type
+    return Schedule.from_diffusers(schedule), predict or _DIFFUSERS.get(named, named)
+
+
 def as_denoiser(
     model: Model, schedule: Schedule | Any, *, predict: str | None = None, face: str = "D"
 ) -> Callable[[Tensor, Tensor], Tensor]:
@@ -88,10 +96,7 @@ def as_denoiser(
     Raises:
         BadSetting: an unknown kind, or a scheduler that predicts none of them.
     """
-    if not isinstance(schedule, Schedule):
-        predict = predict or _DIFFUSERS.get(schedule.config.prediction_type, schedule.config.prediction_type)
-        schedule = Schedule.from_diffusers(schedule)
-    tables, source = schedule, predict or "eps"
+    tables, source = read_schedule(schedule, predict)
     for kind in (source, face):
         if kind not in (*KINDS, "D"):
             raise BadSetting(f"there is no denoiser of kind {kind!r}: use {', '.join(KINDS)} or D")

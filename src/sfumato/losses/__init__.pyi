@@ -10,6 +10,7 @@ from .comp_sum_family import margins as margins
 from .contrastive import info_nce as info_nce
 from .contrastive import spectral_contrastive as spectral_contrastive
 from .contrastive import supervised_contrastive as supervised_contrastive
+from .divergences import gaussian_kl as gaussian_kl
 from .frequency import focal_frequency_loss as focal_frequency_loss
 from .frequency import frequency_loss as frequency_loss
 from .frequency import spectrum_l1 as spectrum_l1

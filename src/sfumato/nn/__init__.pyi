@@ -36,6 +36,8 @@ from .linear_models import LinearisedModel as LinearisedModel
 from .linear_models import ScaledOutput as ScaledOutput
 from .linear_models import linearise as linearise
 from .linear_models import scale_output as scale_output
+from .lora import LowRank as LowRank
+from .lora import add_lora as add_lora
 from .masked_convnet import ConvStages as ConvStages
 from .masked_convnet import MaskedConvEncoder as MaskedConvEncoder
 from .masked_norms import masked_batch_norm as masked_batch_norm
@@ -75,6 +77,7 @@ from .trace_of_jacobian import draw_probes as draw_probes
 from .two_head_unet import TwoHeadUNet as TwoHeadUNet
 from .unet import small_unet as small_unet
 from .unet import unet_decode as unet_decode
+from .unet import unet_embed as unet_embed
 from .unet import unet_encode as unet_encode
 from .vit_blocks import initialise_linear as initialise_linear
 from .vit_blocks import run_blocks as run_blocks

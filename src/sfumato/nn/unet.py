@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from sfumato.errors import BadSetting
@@ -85,6 +86,32 @@ def small_unet(
     return cast(nn.Module, net)
 
 
+def unet_embed(unet: Any, t: Tensor, *, cond: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """The embedding of the time, and of the class where there is one, that both halves take.
+
+    Args:
+        unet: diffusers' UNet2DModel or UNet2DConditionModel.
+        t: `[B]`, on the network's device.
+        cond: as for `unet_encode`.
+        dtype: of the pictures, for a UNet2DConditionModel; None: that of its weights.
+
+    Returns:
+        `[B, E]`.
+
+    Raises:
+        BadSetting: as `unet_encode`.
+    """
+    _check_halves(unet, cond)
+    attends = _attends(unet)
+    temb: Tensor = unet.time_embedding(unet.time_proj(t).to((dtype or unet.dtype) if attends else unet.dtype))
+    if attends:
+        return temb if unet.time_embed_act is None else cast(Tensor, unet.time_embed_act(temb))
+    if unet.class_embedding is not None:
+        labels = unet.time_proj(cond) if unet.config.class_embed_type == "timestep" else cond
+        temb = temb + unet.class_embedding(labels).to(unet.dtype)
+    return temb
+
+
 def unet_encode(unet: Any, x: Tensor, t: Tensor, *, cond: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """The first half of a U-Net: down and through the middle block.
 
@@ -102,14 +129,7 @@ def unet_encode(unet: Any, x: Tensor, t: Tensor, *, cond: Tensor | None = None) 
         BadSetting: a network with inputs or paths besides these (learned skip convolutions, the embeddings of SDXL, ...), or
             one that needs `cond` and has none.
     """
-    _check_halves(unet, cond)
-    attends = _attends(unet)
-    temb = unet.time_embedding(unet.time_proj(t.expand(len(x)).to(x.device)).to(x.dtype if attends else unet.dtype))
-    if attends:
-        temb = temb if unet.time_embed_act is None else unet.time_embed_act(temb)
-    elif unet.class_embedding is not None:
-        labels = unet.time_proj(cond) if unet.config.class_embed_type == "timestep" else cond
-        temb = temb + unet.class_embedding(labels).to(unet.dtype)
+    temb = unet_embed(unet, t.expand(len(x)).to(x.device), cond=cond, dtype=x.dtype)
     h = unet.conv_in(2 * x - 1 if unet.config.center_input_sample else x)
     skips: tuple[Tensor, ...] = (h,)
     for block in unet.down_blocks:
