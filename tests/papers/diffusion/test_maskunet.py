@@ -130,7 +130,7 @@ def test_early_steps_take_one_call_and_late_ones_several(free):
 
 @pytest.fixture
 def few(monkeypatch):
-    for name, value in {"TIMES": 2, "DRAWN": 20, "PER_DIGIT": 1}.items():
+    for name, value in {"TIMES": 2, "DRAWN": 20, "DIGITS": 1, "PER_DIGIT": 2}.items():
         monkeypatch.setattr(maskunet, name, value)
     monkeypatch.setattr(maskunet, "BASE", {**maskunet.BASE, "width": 8})
 
