@@ -405,9 +405,7 @@ def rewarded_masks(lab: Lab) -> Figures:
     train, _, ddpm = _base(lab)
     judge, schedule = _classifier(train, lab), ddpm.schedule
     masked, noises, generator = MaskedUNet(ddpm.average.module, by="free"), lab.generator, lab.generator
-    rewards: dict[str, list[Tensor]] = {}
-    shown: dict[str, list[Tensor]] = {}
-    kept: list[Tensor] = []
+    rewards, shown, kept = dict[str, list[Tensor]](), dict[str, list[Tensor]](), list[Tensor]()
 
     def decode(x0: Tensor) -> Tensor:
         logits = torch.cat([p.detach().flatten() for p in masked.mask_parameters()])
