@@ -297,8 +297,11 @@ def rewarded_model(
 
 BASE = {"channels": 1, "image_size": 8, "width": 16, "attn_at": (0, 1), "batch_size": 32}
 BASE_STEPS, MASK_STEPS = 500, 300
-TIMES, DRAWN, PER_DIGIT = 10, 200, 5
-"""Times that held-out errors are taken at; samples drawn to see how far they are from digits, and of each digit asked for."""
+TIMES, DRAWN = 10, 200
+"""Times that held-out errors are taken at; samples drawn to see how far they are from digits."""
+
+DIGITS, PER_DIGIT = 10, 5
+"""Digits that are asked for, one after the other, and samples of each."""
 
 
 def _base(lab: Lab) -> tuple[Batch, Batch, DDPM]:
@@ -405,16 +408,14 @@ def rewarded_masks(lab: Lab) -> Figures:
     train, _, ddpm = _base(lab)
     judge, schedule = _classifier(train, lab), ddpm.schedule
     masked, noises, generator = MaskedUNet(ddpm.average.module, by="free"), lab.generator, lab.generator
-    rewards: dict[str, list[Tensor]] = {}
-    shown: dict[str, list[Tensor]] = {}
-    kept: list[Tensor] = []
+    rewards, shown, kept = dict[str, list[Tensor]](), dict[str, list[Tensor]](), list[Tensor]()
 
     def decode(x0: Tensor) -> Tensor:
         logits = torch.cat([p.detach().flatten() for p in masked.mask_parameters()])
         kept.append(1 - torch.exp(-logits.exp()).mean())
         return (x0 + 1) / 2
 
-    for digit in range(10):
+    for digit in range(DIGITS):
         start = torch.randn(PER_DIGIT, *ddpm.shape, generator=noises)
 
         def reward(pictures: Tensor, digit: int = digit) -> Tensor:
