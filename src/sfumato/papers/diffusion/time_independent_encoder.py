@@ -291,7 +291,8 @@ def _teacher(lab: Lab) -> tuple[DDPM, Batch, Batch]:
     note="A model of 8 x 8 digits; cosine between the features of neighbouring steps of DDIM in 10, over 256 samples and all "
     "blocks. Time: of one picture, processor time of one thread, the median of 25 runs in turn. A network this small spends it "
     "on its calls, which one batch pays once, as one picture does not fill a large accelerator; with many pictures the four "
-    "decoders cost what they compute.",
+    "decoders cost what they compute. In this network the decoder changes less, not the encoder: cosines of "
+    "0.97-0.98 against 0.96-0.97. The times came out as claimed, 1.5 and 3.2 times one step.",
 )
 def shared_encoder(lab: Lab) -> Figures:
     """Similarities of a trained teacher, and what a picture takes."""
@@ -338,7 +339,9 @@ def _in_turn(runs: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, f
     note="8 x 8 digits, a teacher of 500 steps, students of 150 steps of 32 pictures: far too few for score distillation to "
     "settle. What is compared is how far students come in equal steps. All begin as the teacher; the one-step student's time is "
     "the first of the four. Fréchet distance and recall (third neighbour) in the features of a small classifier, 500 samples "
-    "against the training pictures. Beside them: the teacher's own 4 and 20 steps, and the students before training.",
+    "against the training pictures. Beside them: the teacher's own 4 and 20 steps, and the students before training. "
+    "After so few steps every student is worse than it began (Fréchet distances of 32 to 91 before, 67 to 139 after, the "
+    "teacher's four steps 14 to 18): nothing follows of the claim, for it or against it.",
 )
 def distillation(lab: Lab) -> Figures:
     """Each student's pictures, and the teacher's, seen through a classifier."""
