@@ -91,9 +91,9 @@ def shared_encoder_sample(
     count, batch = len(found), len(z)
     h, skips, _ = unet_encode(unet, z, torch.tensor(found[0], device=z.device), cond=cond)
     t = torch.tensor(found, device=z.device).repeat_interleave(batch)  # [t_1] * B, [t_2] * B, ...
-    temb = unet_embed(unet, t, cond=None if cond is None else _repeat(cond, count), dtype=z.dtype)
+    states = None if cond is None else _repeat(cond, count)
+    temb = unet_embed(unet, t, cond=states, dtype=z.dtype)
     if parallel:
-        states = None if cond is None else _repeat(cond, count)
         out = unet_decode(unet, _repeat(h, count), tuple(_repeat(s, count) for s in skips), temb, cond=states)
     else:
         out = torch.cat([unet_decode(unet, h, skips, e, cond=cond) for e in temb.split(batch)])
