@@ -149,10 +149,11 @@ ARMS: dict[str, dict[str, Any]] = {
         lambda f: f["STSL, 50 x 5"]["calls"] == 2 * f["first order, 50 x 5"]["calls"],
     ),
     seeds=range(100, 105),
-    note="Each arm with the best weights of the development seeds. On the five problems that were tried first the trace gained 7 % "
-    "(0.424 against 0.459 and 0.455, constant weight); on forty it gained nothing (0.567 against 0.550 and 0.552): with a constant "
-    "weight single draws between modes fly off when there is little noise, which decides the mean (0.81). Multiplied by 1 - abar "
-    "they do not, and the smallest weight came out best. Counted in score calls, 500 against 250, the trace is further behind.",
+    note="Each arm with the best weights of the development seeds. On the five problems that were tried first the trace gained "
+    "7 % (0.424 against 0.459 and 0.455, constant weight); on forty it gained nothing (0.567 against 0.550 and 0.552): with a "
+    "constant weight single draws between modes fly off when there is little noise, which decides the mean (0.81). Multiplied by "
+    "1 - abar they do not, and the smallest weight came out best. Counted in score calls, 500 against 250, the trace is further "
+    "behind.",
 )
 def mixtures(lab: Lab) -> Figures:
     """Distance of the draws to the exact posterior, mean over problems; all arms have the same noise to begin with."""
