@@ -52,6 +52,7 @@ from .evaluation import knn_probe as knn_probe
 from .evaluation import layer_probe as layer_probe
 from .evaluation import linear_probe as linear_probe
 from .evaluation import token_probe as token_probe
+from .judge import train_judge as train_judge
 from .heterogeneity import token_heterogeneity as token_heterogeneity
 from .information import Information as Information
 from .information import InformationPlane as InformationPlane

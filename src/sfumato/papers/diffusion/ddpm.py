@@ -43,22 +43,59 @@ from sfumato.nn import small_unet
 from sfumato.optim import EMA
 
 
-class DDPM(Method):
+class PictureConfig(MethodConfig):
+    """Which pictures are drawn: what generators of one size share."""
+
+    channels: int | None = Field(None, gt=0, description="channels of a picture; None: those of the data")
+    image_size: int | None = Field(None, gt=0, description="side of a picture in pixels; None: that of the data, at most 32")
+    crop: bool | None = Field(None, description="resize and cut pictures to image_size while loading; None: where they differ")
+
+    def fitted(self, facts: Facts) -> Self:
+        """Channels and size from the data."""
+        config = super().fitted(facts)
+        side = config.image_size or min(32, *(facts.size or (32,)))
+        crop = facts.size != (side, side) if config.crop is None else config.crop
+        return type(config).model_validate({**config.model_dump(), "image_size": side, "crop": crop})
+
+
+class PictureMethod(Method):
+    """A generator of pictures of one size; its config is a `PictureConfig`."""
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        side = self.config.image_size or 32
+        self.shape = (self.config.channels or 3, side, side)
+
+    def augment(self) -> Callable[..., Any] | None:
+        """A random square of the picture, its short side resized; nothing where pictures have the right size."""
+        from torchvision.transforms import v2
+
+        size = self.shape[1]
+        return v2.Compose([v2.Resize(size, antialias=True), v2.RandomCrop(size)]) if self.config.crop else None
+
+    def checked(self, batch: Batch) -> Tensor:
+        """The pictures of a batch.
+
+        Raises:
+            BadData: of another size.
+        """
+        if batch.x.shape[1:] != self.shape:
+            side = tuple(batch.x.shape[1:])
+            raise BadData(f"pictures are {side}, the network takes {self.shape}: set image_size and channels, or resize them")
+        return batch.x
+
+
+class DDPM(PictureMethod):
     """Ho et al. 2020. Trains on pictures of one size, draws new ones, restores pictures of any size."""
 
     needs_physics: ClassVar[bool] = True
 
-    class Config(MethodConfig):
+    class Config(PictureConfig):
         """Defaults: the paper's, for CIFAR-10."""
 
         steps: int = Field(800_000, gt=0, description="optimizer steps")
         batch_size: int = Field(128, gt=0, description="pictures a step")
         clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; None: no clipping")
-        channels: int | None = Field(None, gt=0, description="channels of a picture; None: those of the data")
-        image_size: int | None = Field(None, gt=0, description="side of a picture in pixels; None: that of the data, at most 32")
-        crop: bool | None = Field(
-            None, description="resize and cut pictures to image_size while loading; None: where they differ"
-        )
         width: int = Field(128, gt=0, description="channels at full resolution; a multiple of 8")
         mults: tuple[int, ...] = Field((1, 2, 2, 2), description="channels at each resolution, in multiples of width")
         attn_at: tuple[int, ...] = Field((1,), description="levels with self-attention; 0: full resolution")
@@ -84,29 +121,14 @@ class DDPM(Method):
             }  # fmt: skip
             return cls(**{**small, **over})
 
-        def fitted(self, facts: Facts) -> Self:
-            """Channels and size from the data."""
-            config = super().fitted(facts)
-            side = config.image_size or min(32, *(facts.size or (32,)))
-            crop = facts.size != (side, side) if config.crop is None else config.crop
-            return type(config).model_validate({**config.model_dump(), "image_size": side, "crop": crop})
-
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         c = self.config
         self.schedule = Schedule(beta_schedule(c.schedule, c.times))
-        self.shape = (c.channels or 3, c.image_size or 32, c.image_size or 32)
         self.net = small_unet(
             self.shape[1], self.shape[0], width=c.width, mults=c.mults, attn_at=c.attn_at, layers=c.layers, dropout=c.dropout
         )
         self.average = EMA(self.net, decay=c.ema, warmup=True)
-
-    def augment(self) -> Callable[..., Any] | None:
-        """A random square of the picture, its short side resized; nothing where pictures have the right size."""
-        from torchvision.transforms import v2
-
-        size = self.config.image_size or 32
-        return v2.Compose([v2.Resize(size, antialias=True), v2.RandomCrop(size)]) if self.config.crop else None
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
         """The error of the prediction at one random time a picture.
@@ -114,10 +136,7 @@ class DDPM(Method):
         Raises:
             BadData: pictures of another size.
         """
-        if batch.x.shape[1:] != self.shape:
-            side = tuple(batch.x.shape[1:])
-            raise BadData(f"pictures are {side}, the network takes {self.shape}: set image_size and channels, or resize them")
-        x0 = 2 * batch.x - 1
+        x0 = 2 * self.checked(batch) - 1
         t = self.draw_times(len(batch), ctx).to(x0.device)
         noise = torch.randn(x0.shape, generator=ctx.generator, device=x0.device, dtype=x0.dtype)
         value = denoising_loss(lambda x, t: self.net(x, t).sample, x0, t, noise, self.schedule, predict=self.config.predict)

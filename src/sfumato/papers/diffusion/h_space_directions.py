@@ -40,7 +40,7 @@ from sfumato.diffusion.samplers import ddim_times
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.papers.diffusion.ddpm import DDPM
-from sfumato.probes import StreamingPCA, align_signs, attribute_direction, jacobian_directions, pca_directions
+from sfumato.probes import StreamingPCA, align_signs, attribute_direction, jacobian_directions, pca_directions, train_judge
 
 Start = tuple[Tensor, Tensor | None]
 """x_T `[B, C, H, W]` and, with noise while sampling, that of every step `[S, B, C, H, W]`."""
@@ -379,7 +379,8 @@ def directions(lab: Lab) -> Figures:
 
 
 def _attributes(bench: _Bench, lab: Lab) -> Figures:
-    judge = _classifier(bench.train, lab)
+    assert bench.train.label is not None
+    judge = train_judge(2 * bench.train.x - 1, bench.train.label, steps=lab.steps(200))
     scores, before = judge(bench.samples), judge(bench.plain)
     shifts: dict[str, list[float]] = {}
     for a, b in PAIRS:
@@ -432,15 +433,3 @@ def _components(bench: _Bench, lab: Lab) -> Figures:
     columns = [bench.edited(moves[0], s)[:4] for s in (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)]
     lab.picture("first component", torch.stack(columns, 1).flatten(0, 1).add(1).div(2))
     return figures
-
-
-def _classifier(train: Batch, lab: Lab) -> nn.Module:
-    """A network with one hidden layer on pictures in [-1, 1]."""
-    assert train.label is not None
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2, weight_decay=1e-4)
-    for _ in range(lab.steps(200)):
-        optimizer.zero_grad()
-        F.cross_entropy(net(2 * train.x - 1), train.label).backward()
-        optimizer.step()
-    return net.requires_grad_(False)

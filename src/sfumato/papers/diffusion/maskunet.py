@@ -40,6 +40,7 @@ from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.method import Context, Loss, Method, MethodConfig
 from sfumato.metrics import frechet_features
 from sfumato.papers.diffusion.ddpm import DDPM
+from sfumato.probes import train_judge
 from sfumato.sparsity import MaskedUNet, keep_logit
 from sfumato.sparsity.weight_gates import ATTENTION
 
@@ -343,7 +344,7 @@ def learned_masks(lab: Lab) -> Figures:
     for logits, share in zip(random.mask_parameters(), kept.values(), strict=True):
         logits.data.fill_(float(keep_logit(share)))
     arms |= {"random masks": random, "fine-tuned layers": _fine_tuned(ddpm, train, config, lab)}
-    features, figures = _classifier(train, lab)[:-1], {}
+    features, figures = _judge(train, lab)[:-1], {}
     for arm, net in arms.items():
         start, model = torch.randn(DRAWN, *ddpm.shape, generator=lab.generator), _model(net, lab.generator)
         drawn = sample_ddim(model, start, schedule, steps=10, clip=True).add(1).div(2)
@@ -406,7 +407,7 @@ def _fine_tuned(ddpm: DDPM, train: Batch, config: Any, lab: Lab) -> nn.Module:
 def rewarded_masks(lab: Lab) -> Figures:
     """Mean log-probability of the digit asked for, at the end of sampling."""
     train, _, ddpm = _base(lab)
-    judge, schedule = _classifier(train, lab), ddpm.schedule
+    judge, schedule = _judge(train, lab), ddpm.schedule
     masked, noises, generator = MaskedUNet(ddpm.average.module, by="free"), lab.generator, lab.generator
     rewards, shown, kept = dict[str, list[Tensor]](), dict[str, list[Tensor]](), list[Tensor]()
 
@@ -440,13 +441,6 @@ def rewarded_masks(lab: Lab) -> Figures:
     return figures
 
 
-def _classifier(train: Batch, lab: Lab) -> nn.Sequential:
-    """A network with one hidden layer on pictures in [0, 1]."""
+def _judge(train: Batch, lab: Lab) -> nn.Sequential:
     assert train.label is not None
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2, weight_decay=1e-4)
-    for _ in range(lab.steps(200)):
-        optimizer.zero_grad()
-        F.cross_entropy(net(train.x), train.label).backward()
-        optimizer.step()
-    return net.requires_grad_(False)
+    return train_judge(train.x, train.label, steps=lab.steps(200))

@@ -27,34 +27,28 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from sfumato.claim import Better, Figures, Holds, Lab, claim
-from sfumato.data.batch import Batch, Facts
+from sfumato.data.batch import Batch
 from sfumato.data.samples import digits
 from sfumato.diffusion import GBMSchedule, multiplicative_dsm, range_t, sample_gbm
 from sfumato.diffusion.schedules import expand
-from sfumato.errors import BadData
-from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
+from sfumato.method import Context, Loss, Method, Result, Step
 from sfumato.metrics import GaussianStats, frechet_features
 from sfumato.nn import MaskedConvEncoder, small_unet
 from sfumato.optim import EMA
-from sfumato.papers.diffusion.ddpm import DDPM
+from sfumato.papers.diffusion.ddpm import DDPM, PictureConfig, PictureMethod
 
 OFFSET = 1.0
 """Added to pictures in [0, 1]: zero has no logarithm."""
 
 
-class MultiplicativeDiffusion(Method):
+class MultiplicativeDiffusion(PictureMethod):
     """Shetty et al. 2025. Trains on pictures of one size, draws new ones."""
 
-    class Config(MethodConfig):
+    class Config(PictureConfig):
         """Defaults: the paper's, for MNIST with the NCSN-deeper network; the network is a U-Net here."""
 
         steps: int = Field(300_000, gt=0, description="optimizer steps")
         batch_size: int = Field(128, gt=0, description="pictures a step")
-        channels: int | None = Field(None, gt=0, description="channels of a picture; None: those of the data")
-        image_size: int | None = Field(None, gt=0, description="side of a picture in pixels; None: that of the data, at most 32")
-        crop: bool | None = Field(
-            None, description="resize and cut pictures to image_size while loading; None: where they differ"
-        )
         width: int = Field(128, gt=0, description="channels at full resolution; a multiple of 8")
         mults: tuple[int, ...] = Field((1, 2, 2), description="channels at each resolution, in multiples of width")
         attn_at: tuple[int, ...] = Field((1,), description="levels with self-attention; 0: full resolution")
@@ -89,18 +83,10 @@ class MultiplicativeDiffusion(Method):
             }  # fmt: skip
             return cls(**{**small, **over})
 
-        def fitted(self, facts: Facts) -> Self:
-            """Channels and size from the data."""
-            config = super().fitted(facts)
-            side = config.image_size or min(32, *(facts.size or (32,)))
-            crop = facts.size != (side, side) if config.crop is None else config.crop
-            return type(config).model_validate({**config.model_dump(), "image_size": side, "crop": crop})
-
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         c = self.config
         self.schedule = GBMSchedule(c.times, sigma=c.sigma, mu=c.mu)
-        self.shape = (c.channels or 3, c.image_size or 32, c.image_size or 32)
         self.net = small_unet(self.shape[1], self.shape[0], width=c.width, mults=c.mults, attn_at=c.attn_at, layers=c.layers)
         self.average = EMA(self.net, decay=c.ema, warmup=True)
         # of log x_0, one a channel; before any data is seen, of pixels that are uniform in [0, 1]
@@ -118,13 +104,6 @@ class MultiplicativeDiffusion(Method):
         for kept, found in ((self.log_mean, moments.mean), (self.log_variance, moments.cov.diagonal())):
             kept.copy_(found.view(-1, 1, 1))
 
-    def augment(self) -> Callable[..., Any] | None:
-        """A random square of the picture, its short side resized; nothing where pictures have the right size."""
-        from torchvision.transforms import v2
-
-        size = self.shape[1]
-        return v2.Compose([v2.Resize(size, antialias=True), v2.RandomCrop(size)]) if self.config.crop else None
-
     def score(self, x: Tensor, k: Tensor, net: nn.Module | None = None) -> Tensor:
         """The Stein score by the averaged weights, or by `net`, at `x` `[B, C, H, W]` and times `[B]`; time 0 is taken as 1."""
         c, k = self.config, k.clamp(min=1)
@@ -141,10 +120,7 @@ class MultiplicativeDiffusion(Method):
         Raises:
             BadData: pictures of another size.
         """
-        if batch.x.shape[1:] != self.shape:
-            side = tuple(batch.x.shape[1:])
-            raise BadData(f"pictures are {side}, the network takes {self.shape}: set image_size and channels, or resize them")
-        c, x0 = self.config, OFFSET + batch.x
+        c, x0 = self.config, OFFSET + self.checked(batch)
         k = range_t(len(x0), 1, c.times, generator=ctx.generator).to(x0.device)
         noise = torch.randn(x0.shape, generator=ctx.generator, device=x0.device, dtype=x0.dtype)
         x_k = self.schedule.q_sample(x0, k, noise)

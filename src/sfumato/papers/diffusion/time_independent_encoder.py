@@ -53,6 +53,7 @@ from sfumato.metrics import frechet_features, precision_recall
 from sfumato.nn import add_lora
 from sfumato.nn.at_rest import eval_mode
 from sfumato.papers.diffusion.ddpm import DDPM
+from sfumato.probes import train_judge
 
 NO_TEACHER = "a student needs a trained teacher: sfumato train time-independent-encoder --data WHERE --init runs/ddpm/STAMP"
 
@@ -346,7 +347,9 @@ def _in_turn(runs: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, f
 def distillation(lab: Lab) -> Figures:
     """Each student's pictures, and the teacher's, seen through a classifier."""
     ddpm, train, test = _teacher(lab)
-    features = _classifier(train, lab)
+    assert train.label is not None
+    torch.manual_seed(lab.seed)
+    features = train_judge(2 * train.x - 1, train.label, steps=lab.steps(200))[:-1]
     real = features(2 * train.x - 1)
     z = torch.randn(DRAWN, *ddpm.shape, generator=lab.generator)
 
@@ -375,17 +378,3 @@ def distillation(lab: Lab) -> Figures:
         figures[arm] = judged(drawn)
         lab.picture(arm, _shown(drawn[:32]))
     return figures
-
-
-def _classifier(train: Batch, lab: Lab) -> nn.Module:
-    """The hidden layer of a small classifier of digits, of pictures in [-1, 1]."""
-    assert train.label is not None
-    torch.manual_seed(lab.seed)
-    features = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU())
-    net = nn.Sequential(features, nn.Linear(64, 10))
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2, weight_decay=1e-4)
-    for _ in range(lab.steps(200)):
-        optimizer.zero_grad()
-        F.cross_entropy(net(2 * train.x - 1), train.label).backward()
-        optimizer.step()
-    return features.requires_grad_(False)
