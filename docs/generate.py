@@ -1,6 +1,6 @@
 """Pages that are made from facts when the site is built: one a built paper, a table of all papers, one a room of parts, examples.
 
-The facts are the catalogue, the stored records and the source, read by `ast`: nothing heavy is imported. MkDocs calls the two
+The facts are the catalogue, the stored records and the source, read by `ast`: nothing heavy is imported (but by kept comparisons).  MkDocs calls the two
 hooks at the end (`hooks:` in mkdocs.yml); the rest is text in, text out.
 """
 
@@ -14,6 +14,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sfumato import catalogue
@@ -313,7 +314,7 @@ def machines(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def comparisons() -> dict[str, dict[str, Any]]:
-    """The kept records of `sfumato compare`, by the folder that each lies in beside its page."""
+    """The kept records of `sfumato compare` (losses thinned to 60 points), by the folder that each lies in with its pictures."""
     found = sorted(COMPARISONS.glob("*/record.json"))
     return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in found}
 
@@ -327,6 +328,15 @@ def comparisons_page(records: Mapping[str, Mapping[str, Any]]) -> str:
         "reaches; probes of frozen features say little after trainings as short as these."
     )
     return "\n\n".join([head, *(comparison_section(name, record) for name, record in records.items())]) + "\n"
+
+
+def comparison_report(name: str, record: Mapping[str, Any]) -> str:
+    """The full page of a comparison, as `sfumato compare` writes it; the one page whose making imports torch."""
+    from sfumato.report import write_compare_report
+
+    with TemporaryDirectory() as folder:
+        page = write_compare_report(record, Path(folder) / "report.html", pictures=COMPARISONS / name / "pictures")
+        return page.read_text(encoding="utf-8")
 
 
 def comparison_section(name: str, record: Mapping[str, Any]) -> str:
@@ -490,5 +500,6 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the generated pages to those that lie in `docs/`."""
     from mkdocs.structure.files import File
 
-    for path, text in pages().items():
+    reports = {f"comparisons/{name}/report.html": comparison_report(name, record) for name, record in comparisons().items()}
+    for path, text in {**pages(), **reports}.items():
         files.append(File.generated(config, path, content=text))

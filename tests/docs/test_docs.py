@@ -154,7 +154,9 @@ def test_every_kept_comparison_has_its_page(generate):
     kept = generate.comparisons()
     page = generate.comparisons_page(kept)
     for name, record in kept.items():
-        assert (generate.COMPARISONS / name / "report.html").is_file()
+        pictures = generate.COMPARISONS / name / "pictures"
+        assert all((pictures / file).is_file() for arm in record["pictures"].values() for file in arm.values())
+        assert "<svg" in generate.comparison_report(name, record)
         assert record["command"] in page
 
 
