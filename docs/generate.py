@@ -1,7 +1,7 @@
 """Pages that are made from facts when the site is built: one a built paper, a table of all papers, one a room of parts, examples.
 
-The facts are the catalogue, the stored records and the source, read by `ast`: nothing heavy is imported (but by kept comparisons).  MkDocs calls the two
-hooks at the end (`hooks:` in mkdocs.yml); the rest is text in, text out.
+The facts are the catalogue, the stored records and the source, read by `ast`: nothing heavy is imported, but by the pages of kept
+comparisons. MkDocs calls the two hooks at the end (`hooks:` in mkdocs.yml); the rest is text in, text out.
 """
 
 from __future__ import annotations
