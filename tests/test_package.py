@@ -1,7 +1,9 @@
 """The package itself: instant to import, everything by its name when first used."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +31,18 @@ def test_version_is_that_of_the_distribution():
     from importlib.metadata import version
 
     assert sfumato.__version__ == version("sfumato")
+
+
+ROOMS = "masks physics nn losses optim attacks diffusion metrics sparsity probes data".split()
+
+
+def test_imports_among_parts_go_down_only():
+    source, wrong = Path(sfumato.__file__).parent, []
+    for height, room in enumerate(ROOMS):
+        for file in (source / room).glob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sfumato."):
+                    other = str(node.module).split(".")[1]
+                    if other != "errors" and other not in ROOMS[: height + 1]:
+                        wrong.append(f"{room}/{file.name} imports {node.module}")
+    assert not wrong
