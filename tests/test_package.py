@@ -33,7 +33,7 @@ def test_version_is_that_of_the_distribution():
     assert sfumato.__version__ == version("sfumato")
 
 
-ROOMS = "masks physics nn losses optim attacks diffusion metrics sparsity probes data".split()
+ROOMS = ["masks", "physics", "nn", "losses", "optim", "attacks", "diffusion", "metrics", "sparsity", "probes", "data"]
 
 
 def test_imports_among_parts_go_down_only():
