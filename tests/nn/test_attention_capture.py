@@ -106,6 +106,17 @@ def test_what_is_refused():
         pass
 
 
+def test_compiled_blocks_are_refused_and_compiled_mlps_are_not():
+    model = vit()
+    model.blocks[0].mlp.compile(backend="eager")
+    with capture_qkv(model) as seen:
+        model(images())
+    assert list(seen) == [0, 1, 2]
+    model.blocks[1].compile(backend="eager")
+    with pytest.raises(BadSetting, match="compile its mlp"), capture_qkv(model):
+        pass
+
+
 def test_heads_are_regrouped_channel_by_channel():
     t = torch.rand(2, 4, 5, 6)
     assert torch.equal(regroup_heads(t, 2).transpose(1, 2).flatten(2), t.transpose(1, 2).flatten(2))

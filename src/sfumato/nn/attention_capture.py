@@ -53,7 +53,7 @@ def capture_qkv(vit: nn.Module, layers: Sequence[int] | None = None, *, stop: bo
         are done.
 
     Raises:
-        BadSetting: a module without such blocks, or a layer that it has not.
+        BadSetting: a module without such blocks, or whose blocks are compiled, or a layer that it has not.
     """
     blocks: Any = getattr(vit, "blocks", ())
     wanted = range(len(blocks)) if layers is None else layers
@@ -85,6 +85,8 @@ def _attention(vit: nn.Module, block: nn.Module) -> Any:
     attn = getattr(block, "attn", None)
     if not isinstance(attn, Attention):
         raise BadSetting(f"the blocks of {type(vit).__name__} hold no timm Attention: queries and keys cannot be read from them")
+    if any(m._compiled_call_impl is not None for m in (block, attn)):  # compiled code does not call hooks that come later
+        raise BadSetting("queries and keys cannot be read from a compiled block: compile its mlp instead")
     return attn
 
 

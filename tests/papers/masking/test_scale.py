@@ -16,6 +16,7 @@ from PIL import Image
 
 from sfumato.data import open_data
 from sfumato.engine import Options, Trainer
+from sfumato.papers.masking.hybrid_distill import HybridDistill
 
 SUPPORT = Path(__file__).parents[2] / "support"
 
@@ -101,7 +102,9 @@ def test_bf16(slug):
 
 
 def halves(method):
-    """Encoder and decoder; of boxed objects those of their tokens, and the backbone."""
+    """Encoder and decoder; of boxed objects those of their tokens and the backbone; of a watched student its MLPs."""
+    if isinstance(method, HybridDistill):
+        return [block.mlp for block in method.encoder.blocks]
     head = getattr(method, "head", None)
     if hasattr(head, "autoencoder"):
         return head.backbone, head.autoencoder.encoder, head.autoencoder.decoder
