@@ -5,6 +5,9 @@ from .distillation import fake_score_loss as fake_score_loss
 from .distillation import noise_kl as noise_kl
 from .distillation import shared_encoder_sample as shared_encoder_sample
 from .distillation import vsd_loss as vsd_loss
+from .edm import EDMPrecond as EDMPrecond
+from .edm import edm_loss as edm_loss
+from .expert import ExpertDenoiser as ExpertDenoiser
 from .finite import FiniteTrajectory as FiniteTrajectory
 from .hspace import edit_h as edit_h
 from .hspace import h_function as h_function
@@ -46,7 +49,6 @@ from .time_samplers import lognormal_sigma as lognormal_sigma
 from .time_samplers import range_t as range_t
 from .time_samplers import sqrt_uniform_sigma as sqrt_uniform_sigma
 from .time_samplers import uniform_t as uniform_t
-from .training import EDMPrecond as EDMPrecond
 from .training import denoising_loss as denoising_loss
 from .trajectory import Filtered as Filtered
 from .trajectory import X0Variance as X0Variance

@@ -160,6 +160,20 @@ class Schedule:
         return mean, expand(self.posterior_var, t, x0)
 
     @classmethod
+    def from_sigmas(cls, sigmas: Tensor) -> Self:
+        """The tables whose `sigma`, noise over signal, is `sigmas` `[T]`: positive and not falling.
+
+        Raises:
+            BadSetting: levels that fall, or are not positive.
+        """
+        levels = sigmas.double()
+        if levels.ndim != 1 or not (levels > 0).all() or (levels.diff() < 0).any():
+            raise BadSetting("the noise levels of a schedule must be a vector of positive numbers that do not fall")
+        power = levels.square()
+        before = torch.cat([power.new_zeros(1), power[:-1]])
+        return cls((power - before) / (1 + power))  # 1 - abar_t / abar_{t-1}
+
+    @classmethod
     def from_diffusers(cls, scheduler: Any) -> Self:
         """The tables of a diffusers scheduler (anything with `.betas`)."""
         return cls(scheduler.betas.double())

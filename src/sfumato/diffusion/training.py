@@ -3,7 +3,7 @@
     L = mean over samples of w(t) · mean |f(x_t, t) - y|²,    y = eps, x_0 or v,    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
 
 For eps, w is 1, min(SNR, 5) / SNR (min-SNR), 1 / (1 + SNR) (P2) or 1 + 4 / SNR (EDM, for data of standard deviation 1/2).
-`EDMPrecond` scales a network's input and output to unit variance at every level.
+At noise levels instead of times, with scaled networks: `sfumato.diffusion.edm`.
 
 Sources: Ho, Jain, Abbeel 2020, equation 14; Hang et al., "Efficient Diffusion Training via Min-SNR Weighting", ICCV 2023; Choi
 et al., "Perception Prioritized Training of Diffusion Models", CVPR 2022, equation 8 (P2); Karras et al. 2022, table 1.
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.diffusion.predictions import convert
 from sfumato.diffusion.schedules import Schedule, expand
@@ -81,32 +81,3 @@ def denoising_loss(
         per_unit = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[predict]
         errors = errors * expand(of_x0 / per_unit, t, errors)
     return errors.mean() if reduction == "mean" else errors
-
-
-class EDMPrecond(nn.Module):
-    """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise): a network between two scalings.
-
-    Args:
-        model: F, called as `model(c_in x, c_noise)`; its output is like x.
-        sigma_data: standard deviation of the clean data.
-    """
-
-    def __init__(self, model: nn.Module, *, sigma_data: float = 0.5) -> None:
-        super().__init__()
-        self.model, self.sigma_data = model, sigma_data
-
-    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """c_skip, c_out, c_in and c_noise at positive levels of any shape."""
-        total = sigma.square() + self.sigma_data**2
-        return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), total.rsqrt(), sigma.log() / 4
-
-    def weight(self, sigma: Tensor) -> Tensor:
-        """Weight of the squared error of D: 1 / c_out²."""
-        return (sigma.square() + self.sigma_data**2) / (sigma * self.sigma_data).square()
-
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Clean pictures from `x` `[B, ...]` with noise of deviation `sigma` `[B]` or a scalar, positive."""
-        levels = sigma.to(x).expand(len(x))
-        skip, out, inside, noise = self.coefficients(levels)
-        skip, out, inside = (c.reshape(-1, *[1] * (x.ndim - 1)) for c in (skip, out, inside))
-        return skip * x + out * self.model(inside * x, noise)

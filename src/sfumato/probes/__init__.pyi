@@ -116,3 +116,7 @@ from .random_matrix import spiked_wishart as spiked_wishart
 from .stochastic_trace import Estimate as Estimate
 from .stochastic_trace import hutchinson as hutchinson
 from .streaming_pca import StreamingPCA as StreamingPCA
+from .task_difficulty import Expert as Expert
+from .task_difficulty import TaskDifficulty as TaskDifficulty
+from .task_difficulty import task_difficulty as task_difficulty
+from .task_difficulty import train_expert as train_expert

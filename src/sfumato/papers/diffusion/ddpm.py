@@ -16,17 +16,19 @@ torch.Size([3, 1, 8, 8])
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from sfumato.data.batch import Batch, Facts
 from sfumato.diffusion import (
     DiffusionPrior,
+    ExpertDenoiser,
     Schedule,
     as_denoiser,
     beta_schedule,
@@ -146,13 +148,25 @@ class DDPM(PictureMethod):
         """At which times a training batch of `n` pictures is made: `[n]` int64."""
         return uniform_t(n, len(self.schedule), generator=ctx.generator)
 
-    @torch.no_grad()
     def losses_at(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The loss of pictures in [0, 1] at times and with noise that are given, by the averaged weights: `[B]`."""
         return denoising_loss(
             lambda x, t: self.average(x, t).sample, 2 * x - 1, t, noise, self.schedule, predict=self.config.predict,
             reduction="none",
         )  # fmt: skip
+
+    def with_expert(self, net: nn.Module, low: int = 0, high: int | None = None) -> Self:
+        """The same model, but `net` takes the place of the averaged network at times `low` to `high - 1` (None: up to the last).
+
+        It draws, denoises and measures with it; all else is shared, nothing is copied.
+        """
+        other, high = copy.copy(self), len(self.schedule) if high is None else high
+        whole = (low, high) == (0, len(self.schedule))
+        other._modules = {**self._modules, "average": net if whole else self._expert(net, low, high)}
+        return other
+
+    def _expert(self, net: nn.Module, low: int, high: int) -> ExpertDenoiser:
+        return ExpertDenoiser(self.average, net, low=low, high=high)
 
     def steps(self, ctx: Context) -> Generator[Step, Result, None]:
         """One step; then the average follows."""
