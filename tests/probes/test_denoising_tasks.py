@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sfumato.data import digits
-from sfumato.diffusion import Schedule, beta_schedule, denoising_loss
+from sfumato.diffusion import EDMPrecond, Schedule, beta_schedule, denoising_loss, edm_loss
 from sfumato.errors import BadData, BadSetting
 from sfumato.probes import denoising_tasks, linear_denoising_loss, marginal_kl, principal_variances
 
@@ -104,6 +104,20 @@ def test_no_linear_denoiser_is_better(predict):
         assert (found == pytest.approx(loss[300].item(), rel=0.02)) == better
         assert found > 0.98 * loss[300].item()
     assert linear_denoising_loss(torch.zeros(3), SCHEDULE).abs().max() == 0
+
+
+def test_no_linear_denoiser_is_better_in_edms_units():
+    x, sigma, power = gaussian(20_000, scales=(0.5, 0.2)), 0.8, torch.tensor([0.25, 0.04], dtype=torch.float64)
+    schedule = Schedule.from_sigmas(torch.tensor([0.1, sigma, 4.0]))
+    known = linear_denoising_loss(principal_variances(x)[0], schedule, predict="edm", sigma_data=0.3)[1].item()
+    noise, levels = torch.randn(x.shape, generator=generator(2), dtype=torch.float64), torch.full((len(x),), sigma).double()
+    skip, out, inside, _ = EDMPrecond(torch.nn.Identity(), sigma_data=0.3).coefficients(levels[0])
+    for factor, better in ((1.0, True), (0.6, False), (1.4, False)):
+        wiener = factor * power / (power + sigma**2)
+        net = EDMPrecond(lambda y, _, w=wiener: (w - skip) / out * y / inside, sigma_data=0.3)
+        found = edm_loss(net, x, levels, noise).item()
+        assert (found == pytest.approx(known, rel=0.01)) == better
+        assert found > 0.99 * known
 
 
 @pytest.mark.parametrize(

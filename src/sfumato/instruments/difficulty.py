@@ -5,6 +5,9 @@
 Beside the loss stands that of the best linear denoiser: a trained network lies below it where it knows more of the pictures than
 mean and covariance, and above it where it has not learned enough. The relative entropy is a property of data and schedule alone
 (Kim, Go, Kwon, Kim 2025); it says where neighbouring times differ most, and so where a sampler's steps and a curriculum matter.
+On request a new network is trained on each part alone: how fast it learns, and what samples lose by it (`expert_training`).
+Of a run with continuous noise levels (EDM's) the times are the levels of its sampler's grid, the quietest first, and the signal is
+scaled so that its power and the noise's add up to one, as everywhere else.
 
 >>> import torch, sfumato
 >>> from sfumato.papers.diffusion.ddpm import DDPM
@@ -29,6 +32,8 @@ from sfumato.diffusion.curriculum import uniform_clusters
 from sfumato.diffusion.schedules import Schedule
 from sfumato.diffusion.time_samplers import range_t
 from sfumato.errors import BadSetting, Interrupted
+from sfumato.instruments import expert_training
+from sfumato.instruments.expert_training import Cost, cost, train_experts
 from sfumato.instruments.findings import Findings, Plan, Plot, Section, Table
 from sfumato.instruments.kinds import Kind, Setup
 from sfumato.instruments.own_loss import OwnLoss
@@ -57,6 +62,13 @@ class Diffusion(Protocol):
 class Settings(Setup):
     """What the difficulty probe can be told."""
 
+    train_steps: int = Field(
+        0, ge=0, description="also train a new network on each part alone, for so many steps, and draw samples with it; 0: do not"
+    )
+    drawn: int | None = Field(
+        None, gt=1, description="samples drawn with each of these networks; None: what the time allows, 64 to 512"
+    )
+
     intervals: int = Field(10, gt=0, description="parts that the times are cut into")
     draws: int | None = Field(
         None, gt=0, description="noise levels of each sample in each part; None: what the time allows, at most 16"
@@ -73,6 +85,10 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
     uniform_clusters(times, settings.intervals)  # refuses more parts than times
     limit, wanted = None if minutes is None else 60 * minutes, settings.samples or subject.count
     parts = _batches(subject, wanted)
+    whole, study = limit, None
+    if settings.train_steps:
+        study = cost(subject, torch.cat(parts), settings.intervals, settings.train_steps, settings.drawn, limit)
+        limit = None if limit is None else max(limit - study.seconds, limit / 4)
     seconds = seconds_of(lambda: _losses(method, parts[0], 0, times, None), subject.device) / len(parts[0])
     if settings.estimator == "exact":
         pairs: Sequence[int] = (times // 2,)
@@ -90,8 +106,11 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
     fits = MOST_DRAWS if limit is None else max(1, min(MOST_DRAWS, int((limit - entropy) / one)))
     draws = settings.draws or fits
     chosen = {"samples": samples, "intervals": settings.intervals, "draws": draws}
-    ticks = settings.intervals * draws * len(_batches(subject, samples))
-    return Plan(chosen, entropy + draws * one, limit, ticks, told_cut(samples, subject.count))
+    ticks, seconds = settings.intervals * draws * len(_batches(subject, samples)), entropy + draws * one
+    if study is not None:
+        chosen |= {"train_steps": settings.train_steps, "drawn": study.drawn, "study": study._asdict()}
+        ticks, seconds = ticks + study.ticks, seconds + study.seconds
+    return Plan(chosen, seconds, whole, ticks, told_cut(samples, subject.count))
 
 
 def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progress, generator: torch.Generator) -> Findings:
@@ -112,14 +131,29 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
                 losses.append(torch.cat(found).double())
     if not all(seen):
         raise Interrupted("stopped before anything was measured: some part of the times had no loss yet")
-    predict = getattr(subject.owner.config, "predict", "eps")
-    linear = linear_denoising_loss(variances, schedule, predict=predict)
+    predict, sigma_data = _predicted(method)
+    linear = linear_denoising_loss(variances, schedule, predict=predict, sigma_data=sigma_data)
     parts = [
         _part((low, high), torch.stack(losses), entropy[low:high], linear[low:high])
         for (low, high), losses in zip(spans, seen)
     ]  # fmt: skip
     numbers = {"parts": parts, "relative_entropy": entropy, "linear_loss": linear, "sigma": schedule.sigma, "predict": predict}
-    return _findings(subject, settings, numbers, sum(map(len, batches)))
+    findings = _findings(subject, settings, numbers, sum(map(len, batches)))
+    if settings.train_steps and not progress.stopped:
+        study = Cost(**plan.chosen["study"])
+        found = train_experts(subject, torch.cat(batches), study, progress=progress, generator=generator)
+        _add_study(findings, found, study, sum(map(len, batches)))
+    return findings
+
+
+def _add_study(findings: Findings, found: dict[str, Any], study: Cost, samples: int) -> None:
+    """What the networks of one part tell, after the losses; nothing where it was stopped before."""
+    if not found:
+        return
+    findings.numbers["trained alone"] = {name: value for name, value in found.items() if name != "pictures"}
+    findings.sections[1:1] = expert_training.sections(found, study)
+    findings.verdict = f"{findings.verdict} {expert_training.words(found, study)}".strip()
+    findings.notes += expert_training.notes(study, samples)
 
 
 def _diffusion(subject: Subject) -> Diffusion:
@@ -130,6 +164,14 @@ def _diffusion(subject: Subject) -> Diffusion:
             f"{subject.name} is a {type(owner).__name__}"
         )
     return owner
+
+
+def _predicted(method: Diffusion) -> tuple[str, float]:
+    """What the loss is of, and for EDM the deviation of the data that it reckons with."""
+    config: Any = getattr(method, "config", None)
+    if getattr(config, "formulation", "ddpm") == "edm":
+        return "edm", config.sigma_data
+    return getattr(config, "predict", "eps"), 0.5
 
 
 def _batches(subject: Subject, samples: int) -> list[Tensor]:
@@ -153,6 +195,7 @@ def _entropy(
     return marginal_kl(x, schedule, estimator=settings.estimator, times=times, noise=noise)
 
 
+@torch.no_grad()
 def _losses(method: Diffusion, x: Tensor, low: int, high: int, generator: torch.Generator | None) -> Tensor:
     """`[B]` on the CPU."""
     device = next(method.parameters()).device  # type: ignore[attr-defined]
@@ -209,7 +252,7 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], sam
     return Findings(numbers, headline, _words(parts), sections, _notes(settings, subject, samples))
 
 
-_PREDICTED = {"eps": "the predicted noise", "x0": "the predicted clean picture", "v": "the predicted velocity"}
+_PREDICTED = {"eps": "the predicted noise", "x0": "the predicted clean picture", "v": "the predicted velocity", "edm": "the network's answer"}
 
 
 def _notes(settings: Settings, subject: Subject, samples: int) -> list[str]:

@@ -4,7 +4,7 @@
 
 For Gaussian data with variances λ and mean m on the principal axes, v_t = abar_t λ + 1 - abar_t and r = v_{t-1} / v_t, it is
 ½ Σ (r - 1 - ln r + (sqrt(abar_{t-1}) - sqrt(abar_t))² m² / v_t), and the best linear guess of the noise errs by the mean of
-abar_t λ / v_t. Where noise is added to a signal that keeps its size (EDM), v = λ + sigma².
+abar_t λ / v_t.
 
 Sources: Kim, Go, Kwon, Kim, "Denoising Task Difficulty-based Curriculum for Training Diffusion Models", ICLR 2025 (the
 divergence). Ours: both estimators, and that neighbouring marginals are made with the same noise. Estimators that assume no form,
@@ -35,7 +35,7 @@ ESTIMATORS = ("gaussian", "exact")
 @torch.no_grad()
 def marginal_kl(
     data: Tensor,
-    schedule: Schedule | Tensor,
+    schedule: Schedule,
     *,
     estimator: str = "gaussian",
     space: Callable[[Tensor], Tensor] | None = None,
@@ -47,7 +47,7 @@ def marginal_kl(
 
     Args:
         data: clean samples `[n, ...]`, in the range that they are diffused in (pictures customarily in [-1, 1]).
-        schedule: its tables; or levels `[T]` that do not fall, of x_t = x_0 + sigma_t eps.
+        schedule: its tables.
         estimator: "gaussian" takes samples, or their features, for a Gaussian of their moments; "exact" takes the n samples for
             the whole distribution, so that every marginal is a mixture of n Gaussians (the divergence of two is a mean over one
             draw from each of them).
@@ -73,21 +73,16 @@ def marginal_kl(
         raise BadSetting(f"times are 1 to {len(schedule) - 1}: each is compared with the one before it")
     if len(data) < 2:
         raise BadData(f"a distribution takes 2 samples or more, not {len(data)}")
-    scale, power = _noising(schedule)
     if estimator == "gaussian" and space is None:
-        return _of_gaussians(*principal_variances(data), scale, power, times)
+        return _of_gaussians(*principal_variances(data), schedule, times)
     if noise is None:
         noise = torch.randn(data.shape, generator=generator, device=data.device, dtype=data.dtype)
     if space is None:
-        return _of_mixtures(data.flatten(1).double(), noise.flatten(1).double(), scale, power, times)
+        return _of_mixtures(data.flatten(1).double(), noise.flatten(1).double(), schedule, times)
     found: list[Tensor] = []
     known: dict[int, Tensor] = {}
-
-    def noisy(t: int) -> Tensor:
-        return float(scale[t]) * data + math.sqrt(power[t]) * noise
-
     for t in times:
-        known = {u: known[u] if u in known else space(noisy(u)).flatten(1).double() for u in (t - 1, t)}
+        known = {u: known[u] if u in known else space(schedule.q_sample(data, u, noise)).flatten(1).double() for u in (t - 1, t)}
         found.append(_of_moments(known[t - 1], known[t]))
     return torch.stack(found).cpu()
 
@@ -115,7 +110,7 @@ def principal_variances(data: Tensor) -> tuple[Tensor, Tensor]:
 
 def linear_denoising_loss(
     variances: Tensor, schedule: Schedule, *, predict: str = "eps", sigma_data: float = 0.5
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Mean squared error of the best linear denoiser (Wiener's), which sees nothing of the data but mean and covariance.
 
     Args:
@@ -138,45 +133,39 @@ def linear_denoising_loss(
     return torch.cat(of_x0) * {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1, "edm": snr + sigma_data**-2}[predict]
 
 
-def _noising(schedule: Schedule | Tensor) -> tuple[Tensor, Tensor]:
-    """Factor of the signal and variance of the noise at every time, float64 `[T]` each."""
-    if isinstance(schedule, Schedule):
-        return schedule.sqrt_abar, 1 - schedule.abar
-    levels = schedule.double().cpu()
-    return torch.ones_like(levels), levels.square()
-
-
 def _rows(d: int) -> int:
     """Times worked on at once: pictures of many pixels would fill the memory."""
     return max(1, (1 << 22) // d)
 
 
-def _of_gaussians(variances: Tensor, mean: Tensor, scale: Tensor, power: Tensor, times: Sequence[int]) -> Tensor:
+def _of_gaussians(variances: Tensor, mean: Tensor, schedule: Schedule, times: Sequence[int]) -> Tensor:
     found = []
     for t in torch.as_tensor(list(times)).split(_rows(len(mean))):
-        after = scale[t, None].square() * variances + power[t, None]
-        shift, louder = (scale[t - 1] - scale[t])[:, None], (power[t] - power[t - 1])[:, None]
-        more = (shift * (scale[t - 1] + scale[t])[:, None] * variances - louder) / after  # r - 1
+        abar, before = schedule.abar[t, None], schedule.abar_prev[t, None]
+        less = before * schedule.betas[t, None]  # before - abar, without cancellation
+        after = abar * variances + 1 - abar
+        more = less * (variances - 1) / after  # r - 1
+        shift = less / (before.sqrt() + abar.sqrt())
         found.append(((more - more.log1p()) + shift.square() * mean.square() / after).sum(1) / 2)
     return torch.cat(found)
 
 
-def _of_mixtures(x: Tensor, noise: Tensor, scale: Tensor, power: Tensor, times: Sequence[int]) -> Tensor:
+def _of_mixtures(x: Tensor, noise: Tensor, schedule: Schedule, times: Sequence[int]) -> Tensor:
     """One draw from every Gaussian of p_{t-1}; all distances follow from two matrices of inner products."""
     gram, cross, d = x @ x.T, noise @ x.T, x.shape[1]
     squares, between, length = gram.diagonal(), cross.diagonal(), noise.square().sum(1)
     found = []
     for t in times:
-        signal, level = float(scale[t - 1]), math.sqrt(power[t - 1])
+        after, before = float(schedule.abar[t]), float(schedule.abar_prev[t])
+        signal, level = math.sqrt(before), math.sqrt(1 - before)
         inner = signal * gram + level * cross
-        own = signal**2 * squares + 2 * signal * level * between + level**2 * length
+        own = before * squares + 2 * signal * level * between + (1 - before) * length
 
-        def log_density(t: int, inner: Tensor = inner, own: Tensor = own) -> Tensor:
-            signal, variance = float(scale[t]), float(power[t])
-            distance = own[:, None] - 2 * signal * inner + signal**2 * squares
-            return torch.logsumexp(distance / (-2 * variance), 1) - d / 2 * math.log(variance)
+        def log_density(abar: float, inner: Tensor = inner, own: Tensor = own) -> Tensor:
+            distance = own[:, None] - 2 * math.sqrt(abar) * inner + abar * squares
+            return torch.logsumexp(distance / (-2 * (1 - abar)), 1) - d / 2 * math.log(1 - abar)
 
-        log_ratio = log_density(t) - log_density(t - 1)
+        log_ratio = log_density(after) - log_density(before)
         # The ratio of two densities is 1 on average: where it stays near 1, adding ratio - 1 takes nearly all noise away.
         near = log_ratio.std() < 1
         found.append(torch.where(near, log_ratio.expm1() - log_ratio, -log_ratio).mean())

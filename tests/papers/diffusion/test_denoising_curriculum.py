@@ -1,22 +1,20 @@
 import pytest
 import torch
+from deepinv.physics import Inpainting
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato.claim import judge
 from sfumato.data import Batch, digits
-from sfumato.diffusion import Schedule, beta_schedule
+from sfumato.diffusion import EDMPrecond, edm_sigmas, lognormal_clusters
 from sfumato.engine import Lab, fit
 from sfumato.engine.run_folder import Run
-from sfumato.errors import BadSetting
+from sfumato.errors import BadCheckpoint, BadSetting
 from sfumato.method import Context, Result
-from sfumato.nn import ToyDenoiser
-from sfumato.papers.diffusion import denoising_curriculum
 from sfumato.papers.diffusion.ddpm import DDPM
 from sfumato.papers.diffusion.denoising_curriculum import (
     DenoisingCurriculum,
     easy_to_hard,
     low_noise_is_hard,
-    task_difficulty,
 )
 
 PICTURES = digits()[0].x[:128]
@@ -118,8 +116,9 @@ class Killed(DenoisingCurriculum):
         return super().loss(batch, ctx)
 
 
-def test_a_stopped_run_goes_on_as_if_never_stopped(tmp_path):
-    settings = {"clusters": 5, "longest": 3, "smoothing": 0.5, "order": "random"}
+@pytest.mark.parametrize("formulation", ["ddpm", "edm"])
+def test_a_stopped_run_goes_on_as_if_never_stopped(tmp_path, formulation):
+    settings = {"formulation": formulation, "clusters": 5, "longest": 3, "smoothing": 0.5, "order": "random"}
     whole, broken = (Run.create(tmp_path, "denoising-curriculum") for _ in range(2))
     for run in (whole, broken):
         run.write_config({"slug": "denoising-curriculum"})
@@ -144,50 +143,113 @@ def test_settings():
         small(clusters=30, times=20)
 
 
-# How hard is which time?
+# Continuous noise levels
 
 
-def test_parts_are_trained_alone_from_the_same_weights():
-    torch.manual_seed(0)
-    net, x = ToyDenoiser(64, width=16, layers=1), 2 * PICTURES.flatten(1) - 1
-    before = {name: p.clone() for name, p in net.named_parameters()}
-    schedule = Schedule(beta_schedule("linear"))
+def edm(**over):
+    return small(**{"formulation": "edm", **over})
+
+
+def test_edm_begins_with_the_noisiest_levels_and_ends_with_all():
+    method = edm(clusters=4, longest=3, patience=100)
     seen = []
+    draw = method.draw_times
+    method.draw_times = lambda n, ctx: seen.append(draw(n, ctx)) or seen[-1]
+    fit(method, PICTURES, steps=40, progress=False, device="cpu")
+    edges = lognormal_clusters(4)
+    for step, sigma in enumerate(seen):
+        assert sigma.log().min() >= edges[3 - min(3, step // 3)] - 1e-6
+    logs = torch.cat(seen[9:]).log()
+    assert logs.mean().item() == pytest.approx(-1.2, abs=0.2)
+    assert logs.std().item() == pytest.approx(1.2, abs=0.2)
 
-    class Watched(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net
 
+def test_edm_loss_is_that_of_the_scaled_network():
+    method, batch = edm(clusters=1), Batch(PICTURES[:16], torch.arange(16))
+    value, again = (method.loss(batch, context()).value for _ in range(2))
+    assert torch.equal(value, again)
+    replay, x0 = context(), 2 * PICTURES[:16] - 1
+    sigma = method.draw_times(16, replay)
+    noise = torch.randn(x0.shape, generator=replay.generator)
+    scaled = EDMPrecond(method.net)
+    errors = (scaled(x0 + sigma[:, None, None, None] * noise, sigma) - x0).square().flatten(1).mean(1)
+    assert value.item() == pytest.approx((scaled.weight(sigma) * errors).mean().item(), rel=1e-4)
+
+
+def test_edm_learns():
+    torch.manual_seed(0)
+    method = edm(clusters=1, batch_size=32, ema=0.9)
+    t, noise = torch.randint(0, 1000, (128,)), torch.randn(PICTURES.shape)
+    before = method.losses_at(PICTURES, t, noise).mean()
+    fit(method, PICTURES, steps=50, progress=False, device="cpu")
+    assert method.losses_at(PICTURES, t, noise).mean() < 0.9 * before
+    y = PICTURES + 0.2 * noise
+    assert (method.denoise(y, 0.2) - PICTURES).square().mean() < 0.9 * (y - PICTURES).square().mean()
+    assert torch.allclose(method.denoise(PICTURES, 0.0), PICTURES, atol=1e-2)
+
+
+def test_edm_draws_by_heun_from_the_largest_level():
+    method, seen = edm(sample_steps=None), []
+    assert (method.config.sampler, method.config.sample_steps, method.trajectory_steps) == ("heun", 18, 18)
+    drawn = method.sample(3, torch.Generator().manual_seed(0), callback=seen.append)
+    assert drawn.shape == (3, 1, 8, 8)
+    torch.testing.assert_close(torch.stack([s.sigma for s in seen]).double(), edm_sigmas(18)[:-1], rtol=1e-6, atol=0)
+    assert seen[0].x_t.std().item() == pytest.approx(80, rel=0.2)
+    assert torch.equal(drawn, method.sample(3, torch.Generator().manual_seed(0)))
+    assert not torch.equal(drawn, edm(sample_steps=18, sampler="euler").sample(3, torch.Generator().manual_seed(0)))
+    with pytest.raises(BadSetting, match="draws without label"):
+        method.sample(1, label=3)
+
+
+def test_edm_restores_pictures_of_another_size():
+    physics = Inpainting((1, 8, 12), mask=torch.ones(1, 8, 12).index_fill_(2, torch.tensor([4, 5]), 0))
+    method = edm()
+    y = physics(PICTURES[:2].repeat(1, 1, 1, 2)[..., :12])
+    restored = method.restore(y, physics, steps=4)
+    assert restored.shape == (2, 1, 8, 12)
+    assert torch.allclose(physics(restored), y, atol=1e-4)
+
+
+def test_formulations_are_kept_apart():
+    assert (small(sample_steps=None).config.sampler, small(sample_steps=None).config.sample_steps) == ("ddim", 250)
+    with pytest.raises(BadSetting, match="sampler=ddpm goes by discrete times"):
+        edm(sampler="ddpm")
+    method = edm()
+    method.config = method.config.model_copy(update={"sampler": "ddim"})
+    with pytest.raises(BadSetting, match="takes heun or euler"):
+        method.sample(1)
+    with pytest.raises(BadSetting, match="not below sigma_max"):
+        edm(sigma_min=9.0, sigma_max=3.0)
+    with pytest.raises(BadCheckpoint, match="trained with formulation=ddpm"):
+        DenoisingCurriculum.init_from(method.config, small())
+    again = DenoisingCurriculum.init_from(method.config, method)
+    assert torch.equal(*(m.sample(1, torch.Generator().manual_seed(0)) for m in (again, edm())))
+
+
+@pytest.mark.parametrize("formulation", ["ddpm", "edm"])
+def test_an_expert_draws_in_its_part_alone(formulation):
+    method = small(formulation=formulation, sample_steps=10)
+    asked = []
+
+    class Asked(torch.nn.Module):
         def forward(self, x, t):
-            if self.training:
-                seen.append(t)
-            return self.net(x, t)
+            asked.append(t)
+            return method.average(x, t)
 
-    found, again = (
-        task_difficulty(model, x, schedule, intervals=3, steps=20, measure=5, lr=1e-2, generator=torch.Generator().manual_seed(0))
-        for model in (Watched(), net)
-    )
-    assert found.edges.tolist() == [0, 333, 666, 1000]
-    assert found.steps.tolist() == [0, 4, 8, 12, 16, 20]
-    assert found.losses.shape == (3, 6)
-    assert torch.equal(found.losses, again.losses)
-    assert len(seen) == 60
-    for part, times in enumerate((seen[:20], seen[20:40], seen[40:])):
-        assert torch.cat(times).min() >= found.edges[part]
-        assert torch.cat(times).max() < found.edges[part + 1]
-    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
-    assert (found.losses[:, -1] < found.losses[:, 0]).all()
-
-
-def test_steps_until_the_loss_stays_low():
-    losses = torch.tensor([[9.0, 1.0, 5.0, 1.4, 1.0], [2.0, 1.05, 1.0, 1.0, 1.0]])
-    found = denoising_curriculum.TaskDifficulty(torch.arange(3), torch.arange(0, 50, 10), losses)
-    assert found.normalised[0].tolist() == [1, 0, 0.5, pytest.approx(0.05), 0]
-    assert found.steps_to(0.1).tolist() == [30, 10]
-    assert found.steps_to(0.01).tolist() == [40, 20]
-    with pytest.raises(BadSetting, match="clusters of 1000"):
-        task_difficulty(torch.nn.Identity(), losses, Schedule(beta_schedule("linear")), intervals=2000)
+    start = torch.Generator().manual_seed
+    plain = method.sample(2, start(0))
+    assert torch.equal(plain, method.with_expert(Asked(), 250, 500).sample(2, start(0)))
+    told = torch.stack(asked)[:, 0]
+    if formulation == "edm":
+        told = (method.schedule.sigma - (4 * told[:, None]).exp()).abs().argmin(1)
+    assert ((told >= 250) & (told < 500)).all()
+    assert len(told) == (2 if formulation == "ddpm" else 4)  # Heun: two steps of two calls
+    x, t, noise = PICTURES[:4], torch.tensor([0, 300, 600, 999]), torch.randn(4, 1, 8, 8)
+    torch.manual_seed(5)
+    other = DenoisingCurriculum(method.config)
+    whole = method.with_expert(other.average)
+    assert torch.equal(whole.losses_at(x, t, noise), other.losses_at(x, t, noise))
+    assert torch.equal(plain, method.sample(2, start(0)))  # the method itself stays
 
 
 # The claims
@@ -195,11 +257,14 @@ def test_steps_until_the_loss_stays_low():
 
 def test_difficulty_claim_in_small():
     figures = low_noise_is_hard(Lab(0, budget=0.04))
-    assert len(figures) == 12
-    assert all(0 < v["steps to converge"] <= 12 for v in figures.values())
+    tenths, rest = list(figures)[:10], list(figures)[10:]
+    assert rest == ["quieter half", "noisier half", "all times"]
+    assert all(0 < v["steps to converge"] <= 12 for name, v in figures.items() if name != "all times")
+    far = [figures[name]["Fréchet distance"] for name in tenths]
+    assert len(set(far)) == 10
+    assert figures["quieter half"]["Fréchet distance"] == pytest.approx(sum(far[:5]) / 5)
     findings = judge(low_noise_is_hard, [figures]).findings
     assert findings[0].verdict.value == "reproduced"
-    tenths = list(figures)[:10]
     figures[tenths[3]]["relative entropy"] = 9.0
     assert judge(low_noise_is_hard, [figures]).findings[0].verdict.value == "not reproduced"
 

@@ -86,8 +86,8 @@ class DenoisingCurriculum(DDPM):
         rho: float = Field(7.0, gt=0, description="how much closer edm's levels lie where it is quiet; 1: evenly")
         dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside the residual blocks")
         lr: float = Field(1e-4, gt=0, description="Adam's learning rate")
-        sampler: Literal["ddim", "ddpm", "euler", "heun"] | None = Field(  # type: ignore[assignment]
-            None, description="how samples are drawn: ddim, ddpm (ancestral), or by euler's or heun's rule; None: ddim, edm heun"
+        sampler: Literal["ddim", "ddpm", "euler", "heun"] = Field(
+            "ddim", description="how samples are drawn: ddim (edm: heun), ddpm (ancestral), or by euler's or heun's rule"
         )
         sample_steps: int | None = Field(  # type: ignore[assignment]
             None, gt=0, description="steps of a sample, a network call each (heun: two); None: 250, edm 18"
@@ -125,17 +125,17 @@ class DenoisingCurriculum(DDPM):
         pace: dict[str, Any] = {"patience": c.patience, "smoothing": c.smoothing, "min_delta": c.min_delta, "longest": c.longest}
         self.pacer = PatiencePacer(c.clusters, **pace)
         self.curriculum = CurriculumTimesteps(uniform_clusters(c.times, c.clusters), order=c.order)
+        own = {"sampler": "heun" if self.continuous and c.sampler == "ddim" else c.sampler}
+        self.config = c.model_copy(update={**own, "sample_steps": c.sample_steps or (18 if self.continuous else 250)})
         if not self.continuous:
             return
-        if c.sampler in ("ddim", "ddpm"):
-            raise BadSetting(f"sampler={c.sampler} goes through discrete times: formulation=edm takes heun or euler")
+        self._integrator()  # refuses samplers of discrete times
         if c.sigma_min >= c.sigma_max:
             raise BadSetting(f"sigma_min={c.sigma_min} is not below sigma_max={c.sigma_max}: samples go down from the largest level")
         levels: dict[str, float] = {"mean": c.log_sigma_mean, "std": c.log_sigma_std}
         self.curriculum = CurriculumTimesteps(lognormal_clusters(c.clusters, **levels), order=c.order, **levels)
-        share = (torch.arange(c.times, dtype=torch.float64) + 0.5) / c.times
-        # for studies of the difficulty: one time stands for as many training levels as any other
-        self.schedule = Schedule.from_sigmas((c.log_sigma_mean + c.log_sigma_std * torch.special.ndtri(share)).exp())
+        # for what goes by discrete times, such as restoring
+        self.schedule = Schedule.from_sigmas(self.levels(c.times)[:-1].flip(0))
 
     @classmethod
     def init_from(cls, config: Any, previous: Method) -> Self:
@@ -151,6 +151,11 @@ class DenoisingCurriculum(DDPM):
     def continuous(self) -> bool:
         """Whether noise levels are continuous (EDM's) in place of discrete times."""
         return bool(self.config.formulation == "edm")
+
+    def levels(self, n: int) -> Tensor:
+        """EDM's: `n` noise levels of a sample, from `sigma_max` to `sigma_min`, then 0: `[n + 1]` float64."""
+        c = self.config
+        return edm_sigmas(n, low=c.sigma_min, high=c.sigma_max, rho=c.rho)
 
     def stage(self, ctx: Context) -> Tensor:
         """1 to `clusters`: int64 scalar, on the device of the parameters."""
@@ -175,7 +180,7 @@ class DenoisingCurriculum(DDPM):
         return loss._replace(logs={**loss.logs, "stage": self.stage(ctx).float()})
 
     def losses_at(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The base's; for EDM at levels of equal probability, of which `schedule` holds `times`."""
+        """The base's; for EDM at `times` levels as a sample takes them, quietest first."""
         if not self.continuous:
             return super().losses_at(x, t, noise)
         sigma = self.schedule.sigma.to(x)[t]
@@ -199,11 +204,11 @@ class DenoisingCurriculum(DDPM):
         scaled, smallest = self._scaled(self.average), self.config.sigma_min
         return lambda x, sigma: scaled(x, sigma.clamp(min=smallest))
 
-    @property
-    def trajectory_steps(self) -> int:
-        """Steps of a sample."""
-        c = self.config
-        return c.sample_steps or 18 if self.continuous else min(c.sample_steps or 250, c.times)
+    def _integrator(self) -> Callable[..., Tensor]:
+        rules = {"heun": sample_heun, "euler": sample_euler}
+        if self.config.sampler not in rules:
+            raise BadSetting(f"sampler={self.config.sampler} goes by discrete times: formulation=edm takes {' or '.join(rules)}")
+        return rules[self.config.sampler]
 
     def sample(
         self, n: int, generator: torch.Generator | None = None, *, callback: Callback | None = None, **settings: Any
@@ -213,21 +218,18 @@ class DenoisingCurriculum(DDPM):
             return super().sample(n, generator, callback=callback, **settings)
         if settings:
             raise BadSetting(f"a run of formulation=edm draws without {', '.join(settings)}")
-        c, device = self.config, generator.device if generator is not None else self.device
+        device = generator.device if generator is not None else self.device
         x = torch.randn((n, *self.shape), generator=generator, device=device).to(self.device)
-        sigmas = edm_sigmas(self.trajectory_steps, low=c.sigma_min, high=c.sigma_max, rho=c.rho)
-        integrate = sample_euler if c.sampler == "euler" else sample_heun
-        drawn = integrate(self._denoiser, sigmas[0].to(x) * x, sigmas, callback=callback)
+        sigmas = self.levels(self.trajectory_steps)
+        drawn = self._integrator()(self._denoiser, sigmas[0].to(x) * x, sigmas, callback=callback)
         return (drawn + 1).div(2).clamp(0, 1)
 
     def restore(self, inputs: Tensor, physics: Any = None, **settings: Any) -> Tensor:
-        """The base's; for EDM at `times` levels from `sigma_min` to `sigma_max`."""
+        """The base's; for EDM at `times` levels as a sample takes them."""
         if not self.continuous:
             return super().restore(inputs, physics, **settings)
-        c = self.config
-        schedule = Schedule.from_sigmas(edm_sigmas(c.times, low=c.sigma_min, high=c.sigma_max, rho=c.rho)[:-1].flip(0))
-        model = as_denoiser(self._denoiser, schedule, predict="D", face="x0")
-        prior = DiffusionPrior(model, schedule, predict="x0", stride=self.stride, channels=self.shape[0])
+        model = as_denoiser(self._denoiser, self.schedule, predict="D", face="x0")
+        prior = DiffusionPrior(model, self.schedule, predict="x0", stride=self.stride, channels=self.shape[0])
         prior.net = self.average  # whose weights are where the prior works
         return prior.restore(inputs, physics, **settings)
 
@@ -328,18 +330,17 @@ def low_noise_is_hard(lab: Lab) -> Figures:
     kl = marginal_kl(x, schedule)
     torch.manual_seed(lab.seed)
     net = ToyDenoiser(64, width=128, layers=3)
-    settings = {"channels": 1, "image_size": 8, "width": 8, "ema": 0.99, "clusters": 1}
-    whole = lab.fit(_OnDigits(_OnDigits.Config.small(**settings), _Dense(net)), train, steps=lab.steps(2000))
+    config = _OnDigits.Config.small(channels=1, image_size=8, width=8, ema=0.99, clusters=1)
+    whole = lab.fit(_OnDigits(config, _Dense(net)), train, steps=lab.steps(2000))
     noise = torch.randn(max(100, lab.steps(1000)), *whole.shape, generator=lab.generator)
 
     def distance(net: nn.Module, low: int, high: int) -> float:
         model = whole.with_expert(_Dense(net), low, high).average
-        drawn = sample_ddim(lambda x, t: model(x, t).sample, noise, schedule, steps=50, clip=True)
+        drawn = sample_ddim(lambda x, t: model(x, t).sample, noise, schedule, steps=25, clip=True)
         return judge((drawn + 1).div(2).clamp(0, 1))
 
-    found = task_difficulty(
-        net, x, schedule, steps=lab.steps(300), judge=distance, judgements=6, generator=lab.generator
-    )  # fmt: skip
+    settings: dict[str, Any] = {"steps": lab.steps(300), "judge": distance, "judgements": lab.steps(6)}
+    found = task_difficulty(net, x, schedule, **settings, generator=lab.generator)
     slow, far, edges = found.steps_to().double(), found.judgements.mean(1), found.edges.tolist()
     figures: Figures = {
         name: {
