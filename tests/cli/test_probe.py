@@ -1,11 +1,14 @@
 """`sfumato probe` as a person runs it: runs, timm models and factories, JSON, a page, the cost beforehand, and refusals."""
 
+import io
 import json
 import signal
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 QUICK = ("--device", "cpu", "--set", "samples=16", "--set", "steps=3", "--set", "starts=2")
 FACTORY = """
@@ -167,3 +170,26 @@ def test_ctrl_c_leaves_what_was_measured(sfumato, tmp_path, nets):
     found = json.loads((folder / "findings.json").read_text())
     assert found["interrupted"]
     assert 1 <= len(found["numbers"]["hessian"]["starts"]) < 30
+
+
+def test_the_difficulty_of_a_run_that_was_trained_on_shards(sfumato, tmp_path):
+    draw = np.random.default_rng(0)
+    with tarfile.open(tmp_path / "set-000.tar", "w") as tar:
+        for i in range(24):
+            body = io.BytesIO()
+            Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).save(body, "PNG")
+            info = tarfile.TarInfo(f"{i:02d}.png")
+            info.size = body.tell()
+            body.seek(0)
+            tar.addfile(info, body)
+    where = f"wds://{tmp_path}/set-{{000..000}}.tar"
+    quick = ["--set", "width=8", "--set", "batch_size=8", "--set", "sample_steps=2"]
+    done = sfumato("train", "denoising-curriculum", "--data", where, "--steps", 2, "--device", "cpu", "--workers", 0, *quick)
+    assert done.code == 0, done.err
+    (run,) = (tmp_path / "runs" / "denoising-curriculum").glob("*/")
+    study = [word for pair in ("samples=16", "intervals=2", "draws=1", "train_steps=2", "drawn=8") for word in ("--set", pair)]
+    found = json.loads(sfumato("probe", "difficulty", run, "--data", where, "--device", "cpu", *study, "--json").out)
+    told = found["numbers"]["trained alone"]
+    assert [part["times"] for part in found["numbers"]["parts"]] == [[0, 499], [500, 999]]
+    assert [sorted(far) for far in told["distances"]] == [["patches", "whole"]] * 2
+    assert "Samples suffer most from a network of 2 steps" in found["verdict"]

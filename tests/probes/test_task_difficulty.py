@@ -42,7 +42,9 @@ def test_parts_are_trained_alone_from_the_same_weights():
         return 0.5 * len(asked)
 
     found, again = (
-        task_difficulty(model, X, SCHEDULE, intervals=3, steps=20, measure=5, lr=1e-2, judge=who, judgements=2, generator=generator())
+        task_difficulty(
+            model, X, SCHEDULE, intervals=3, steps=20, measure=5, lr=1e-2, judge=who, judgements=2, generator=generator()
+        )
         for model, who in ((Watched(), judge), (net, None))
     )
     assert found.edges.tolist() == [0, 333, 666, 1000]

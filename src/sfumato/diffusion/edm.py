@@ -1,6 +1,6 @@
 """Diffusion at continuous noise levels (EDM): a network between two scalings, and what it is trained on.
 
-    D(x, sigma) = c_skip x + c_out F(c_in x, c_noise),    L = mean over samples of w(sigma) · mean |D(x_0 + sigma eps, sigma) - x_0|²
+    D(x, sigma) = c_skip x + c_out F(c_in x, c_noise),    L = mean of w(sigma) · mean |D(x_0 + sigma eps, sigma) - x_0|²
 
 The scalings give F inputs and targets of unit variance at every level, for clean data of standard deviation sigma_data, and
 w = 1 / c_out² makes the loss the plain error of F. Draw levels by `lognormal_sigma`, samples by `sample_heun` on `edm_sigmas`.
@@ -32,7 +32,8 @@ class EDMPrecond(nn.Module):
     """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise): a network between two scalings.
 
     Args:
-        model: F, called as `model(c_in x, c_noise)`; its output is like x. A network of diffusers will do, its `.sample` is taken.
+        model: F, called as `model(c_in x, c_noise)`; its output is like x. A network of diffusers will do, its `.sample` is
+            taken.
         sigma_data: standard deviation of the clean data, positive.
 
     Raises:

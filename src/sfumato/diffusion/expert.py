@@ -2,8 +2,8 @@
 
     f(x, t) = expert(x, t) if low <= t < high else base(x, t)
 
-Experts beside each other, each trained on its part of the times alone, make a whole denoiser of several networks; one of them in a
-trained model shows what that part of the times is worth.
+Experts beside each other, each trained on its part of the times alone, make one denoiser of several networks; a single one in a
+trained model shows how well that part of the times is learned.
 
 Sources: Balaji et al., "eDiff-I: Text-to-Image Diffusion Models with an Ensemble of Expert Denoisers", 2022; Kim, Go, Kwon, Kim,
 "Denoising Task Difficulty-based Curriculum for Training Diffusion Models", ICLR 2025 (one expert in a trained model).
@@ -54,5 +54,7 @@ class ExpertDenoiser(nn.Module):
         """See the class; `t` `[B]` or a scalar."""
         within = ((t >= self.low) & (t < self.high)).double().mean().item()
         if within not in (0, 1):
-            raise BadSetting(f"some of these times are in [{self.low:g}, {self.high:g}), some are not: call with one time for all")
+            raise BadSetting(
+                f"some of these times are in [{self.low:g}, {self.high:g}), some are not: call with one time for all"
+            )
         return (self.expert if within else self.base)(x, t, *args, **kwargs)

@@ -6,8 +6,8 @@ Beside the loss stands that of the best linear denoiser: a trained network lies 
 mean and covariance, and above it where it has not learned enough. The relative entropy is a property of data and schedule alone
 (Kim, Go, Kwon, Kim 2025); it says where neighbouring times differ most, and so where a sampler's steps and a curriculum matter.
 On request a new network is trained on each part alone: how fast it learns, and what samples lose by it (`expert_training`).
-Of a run with continuous noise levels (EDM's) the times are the levels of its sampler's grid, the quietest first, and the signal is
-scaled so that its power and the noise's add up to one, as everywhere else.
+Of a run with continuous noise levels (EDM's) the times are the levels of its sampler's grid, the quietest first, and signal and
+noise are scaled as everywhere else, by 1 / sqrt(1 + sigma²).
 
 >>> import torch, sfumato
 >>> from sfumato.papers.diffusion.ddpm import DDPM
@@ -105,7 +105,7 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
     one = settings.intervals * samples * seconds
     fits = MOST_DRAWS if limit is None else max(1, min(MOST_DRAWS, int((limit - entropy) / one)))
     draws = settings.draws or fits
-    chosen = {"samples": samples, "intervals": settings.intervals, "draws": draws}
+    chosen: dict[str, Any] = {"samples": samples, "intervals": settings.intervals, "draws": draws}
     ticks, seconds = settings.intervals * draws * len(_batches(subject, samples)), entropy + draws * one
     if study is not None:
         chosen |= {"train_steps": settings.train_steps, "drawn": study.drawn, "study": study._asdict()}
@@ -141,8 +141,8 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
     findings = _findings(subject, settings, numbers, sum(map(len, batches)))
     if settings.train_steps and not progress.stopped:
         study = Cost(**plan.chosen["study"])
-        found = train_experts(subject, torch.cat(batches), study, progress=progress, generator=generator)
-        _add_study(findings, found, study, sum(map(len, batches)))
+        experts = train_experts(subject, torch.cat(batches), study, progress=progress, generator=generator)
+        _add_study(findings, experts, study, sum(map(len, batches)))
     return findings
 
 
@@ -249,10 +249,18 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], sam
         ),
         Section("Figures", None, [Table(rows, "Relative entropy: the sum over the pairs of times in the part.")]),
     ]
-    return Findings(numbers, headline, _words(parts), sections, _notes(settings, subject, samples))
+    notes = _notes(settings, subject, samples)
+    if not settings.train_steps and isinstance(subject.owner, expert_training.ExpertTaker):
+        notes.append("how fast each part is learned from the start, and what samples lose by it: --set train_steps=300")
+    return Findings(numbers, headline, _words(parts), sections, notes)
 
 
-_PREDICTED = {"eps": "the predicted noise", "x0": "the predicted clean picture", "v": "the predicted velocity", "edm": "the network's answer"}
+_PREDICTED = {
+    "eps": "the predicted noise",
+    "x0": "the predicted clean picture",
+    "v": "the predicted velocity",
+    "edm": "the network's answer",
+}
 
 
 def _notes(settings: Settings, subject: Subject, samples: int) -> list[str]:

@@ -2,8 +2,8 @@
 
     l_i(k) = (L_i(k) - L_i(K)) / (L_i(0) - L_i(K)),    d_i = W2²(samples with network i at times of part i, data)
 
-Every network has the same budget. The distance is Fréchet's, of patches and of small versions of whole pictures, as no large network
-that knows pictures is at hand; all samples start at the same noise (Kim, Go, Kwon, Kim 2025, the first study).
+Every network has the same budget. The distance is Fréchet's, of patches and of small versions of whole pictures, as no large
+network that knows pictures is at hand; all samples start at the same noise (Kim, Go, Kwon, Kim 2025, the first study).
 
 >>> from sfumato.instruments.expert_training import distances
 >>> import torch
@@ -52,9 +52,13 @@ class ExpertTaker(Protocol):
     trajectory_steps: int
     config: Any
 
-    def with_expert(self, net: nn.Module, low: int = 0, high: int | None = None) -> Any: ...
+    def with_expert(self, net: nn.Module, low: int = 0, high: int | None = None) -> Any:
+        """The same, with another network at times `low` to `high - 1`."""
+        ...
 
-    def sample(self, n: int, generator: torch.Generator | None = None, *, callback: Any = None) -> Tensor: ...
+    def sample(self, n: int, generator: torch.Generator | None = None, *, callback: Any = None) -> Tensor:
+        """Draw pictures `[n, C, H, W]` in [0, 1], watched by `callback`."""
+        ...
 
 
 class Cost(NamedTuple):
@@ -122,9 +126,9 @@ def train_experts(
         x: pictures `[n, C, H, W]` in [0, 1], on the CPU.
 
     Returns:
-        "edges", "steps", "losses", "normalised", "steps_to", "distances" (a dictionary for each part, and one of the trained model
-        alone under "trained"), and "pictures"; only "trained" may be there where it was stopped early. Nothing where it was
-        stopped before.
+        "trained", the distances of the trained model alone, and "pictures"; "edges", "steps", "losses", "normalised", "steps_to"
+        and "distances" of the parts that were finished, unless it was stopped before the first was. Nothing where it was stopped
+        before all of that.
     """
     owner, found = _taker(subject), _Found()
     edges = uniform_clusters(len(owner.schedule), plan.parts)  # type: ignore[attr-defined]
@@ -164,7 +168,7 @@ class _Found:
 
 
 def distances(a: Tensor, b: Tensor) -> dict[str, float]:
-    """Fréchet distance of pictures `[N, C, H, W]`: of them as a whole, 8 pixels a side, and of their patches where they are larger."""
+    """Fréchet distance of pictures `[N, C, H, W]`: of them as a whole, 8 pixels a side, and of patches where they are larger."""
     side = min(a.shape[-2:])
     found = {"whole": _distance(*(_stats(GaussianStats(), _thumbnails(x)) for x in (a, b)))}
     if side > SMALL:
@@ -232,8 +236,8 @@ def sections(numbers: dict[str, Any], plan: Cost) -> list[Section]:
     """Curves, distances, samples and a table."""
     shown = Section(
         "Samples with one part's network",
-        "From the same noise: by the trained model alone, then with the network that was trained on one part of the times in that "
-        "part. Where little changes, that part is learned by then.",
+        "From the same noise: by the trained model alone, then with the network that was trained on one part of the times in "
+        "that part. Where little changes, that part is learned by then.",
         [Pictures(numbers["pictures"])] if next(iter(numbers["pictures"].values())).shape[0] in (1, 3) else [],
     )
     if "edges" not in numbers:
@@ -259,8 +263,8 @@ def sections(numbers: dict[str, Any], plan: Cost) -> list[Section]:
     return [
         Section(
             "Each part learned alone",
-            f"A new network for each part of the times, trained on it alone for {plan.steps} steps: its loss, from the first value "
-            "(1) to the last (0). What falls late is hard.",
+            f"A new network for each part of the times, trained on it alone for {plan.steps} steps: its loss, from the first "
+            "value (1) to the last (0). What falls late is hard.",
             [Plot("curves", curves, {"xlabel": "training step", "ylabel": "loss, from 1 to 0", "height": 280})],
         ),
         Section(

@@ -169,9 +169,7 @@ def gathered(edges: Tensor, experts: list[Expert], *, steps: int, measure: int =
     said = torch.stack([e.judgements for e in experts])
     asked = judge_marks(steps, judgements) if said.shape[1] else []
     losses = torch.stack([e.losses for e in experts])
-    return TaskDifficulty(
-        edges[: len(experts) + 1], torch.tensor(loss_marks(steps, measure)), losses, torch.tensor(asked), said
-    )
+    return TaskDifficulty(edges[: len(experts) + 1], torch.tensor(loss_marks(steps, measure)), losses, torch.tensor(asked), said)
 
 
 def loss_marks(steps: int, measure: int) -> list[int]:

@@ -2,11 +2,11 @@
 
     t ~ U(C_N ∪ ... ∪ C_{N-s+1}) at stage s,    s → s + 1 once the loss has not improved for more than τ steps
 
-Times with little noise are the hard ones: alone they take longest to learn (`sfumato.probes.task_difficulty`), and there the noisy marginals
-change fastest (`sfumato.probes.marginal_kl`). Network, loss and sampler are those of `ddpm`; only the draw of times differs, so
-weights of the loss and better networks combine with it. Stages are per step and of the loss of all processes. With
-`formulation=edm` the noise levels are continuous (Karras et al. 2022): log-normal ones, cut into clusters of equal probability,
-a network between scalings, and samples by Heun's rule.
+Times with little noise are the hard ones: alone they take longest to learn (`sfumato.probes.task_difficulty`), and there the
+noisy marginals change fastest (`sfumato.probes.marginal_kl`). Network, loss and sampler are those of
+`ddpm`; only the draw of times differs, so weights of the loss and better networks combine with it. Stages are per step and of
+the loss of all processes. With `formulation=edm` the noise levels are continuous (Karras et al. 2022): log-normal ones, cut into
+clusters of equal probability, a network between scalings, and samples by Heun's rule.
 
 Source: Kim, Go, Kwon, Kim, "Denoising Task Difficulty-based Curriculum for Training Diffusion Models", ICLR 2025 (arXiv
 2403.10348). Ours: a U-Net in place of DiT, the running mean of the loss and its new start at every stage, a longest stage, a
@@ -76,7 +76,8 @@ class DenoisingCurriculum(DDPM):
         batch_size: int = Field(256, gt=0, description="pictures a step")
         clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; None: no clipping")
         formulation: Literal["ddpm", "edm"] = Field(
-            "ddpm", description="the diffusion: discrete times and their schedule, or continuous noise levels (Karras et al. 2022)"
+            "ddpm",
+            description="discrete times and their schedule, or continuous noise levels and a scaled network (Karras et al.)",
         )
         log_sigma_mean: float = Field(-1.2, description="edm trains at log-normal noise levels: mean of the logarithm")
         log_sigma_std: float = Field(1.2, gt=0, description="standard deviation of the logarithm of edm's levels")
@@ -131,9 +132,13 @@ class DenoisingCurriculum(DDPM):
             return
         self._integrator()  # refuses samplers of discrete times
         if c.sigma_min >= c.sigma_max:
-            raise BadSetting(f"sigma_min={c.sigma_min} is not below sigma_max={c.sigma_max}: samples go down from the largest level")
-        levels: dict[str, float] = {"mean": c.log_sigma_mean, "std": c.log_sigma_std}
-        self.curriculum = CurriculumTimesteps(lognormal_clusters(c.clusters, **levels), order=c.order, **levels)
+            raise BadSetting(
+                f"sigma_min={c.sigma_min} is not below sigma_max={c.sigma_max}: samples go from the largest level down"
+            )
+        mean, std = c.log_sigma_mean, c.log_sigma_std
+        self.curriculum = CurriculumTimesteps(
+            lognormal_clusters(c.clusters, mean=mean, std=std), order=c.order, mean=mean, std=std
+        )
         # for what goes by discrete times, such as restoring
         self.schedule = Schedule.from_sigmas(self.levels(c.times)[:-1].flip(0))
 
