@@ -6,6 +6,8 @@ from .distillation import noise_kl as noise_kl
 from .distillation import shared_encoder_sample as shared_encoder_sample
 from .distillation import vsd_loss as vsd_loss
 from .finite import FiniteTrajectory as FiniteTrajectory
+from .guidance import classifier_free_guidance as classifier_free_guidance
+from .guidance import drop_condition as drop_condition
 from .hspace import edit_h as edit_h
 from .hspace import h_function as h_function
 from .hspace import record_h as record_h
