@@ -140,7 +140,7 @@ def our_sigmas(sampler: Callable[..., Tensor], model: Model, x: Tensor, steps: i
 
 
 def plain_loop(heun: bool, model: Model, x: Tensor, steps: int) -> Run:
-    """What one writes by hand, as k-diffusion does: a slope, a step, for Heun a second slope."""
+    """What one writes by hand: a slope, a step, for Heun a second slope."""
     denoiser, sigmas, start = levels(model, x, steps)
 
     @torch.no_grad()
@@ -158,17 +158,34 @@ def plain_loop(heun: bool, model: Model, x: Tensor, steps: int) -> Run:
     return run
 
 
+def k_diffusion(name: str, model: Model, x: Tensor, steps: int) -> Run:
+    """Its sampler, without a progress bar; it hands a level for every picture to the denoiser."""
+    from k_diffusion import sampling as loops
+
+    denoiser, sigmas, start = levels(model, x, steps)
+    sampler = getattr(loops, name)
+    return lambda: sampler(lambda y, sigma: denoiser(y, sigma[0]), start, sigmas, disable=True)
+
+
 Loop = Callable[[Model, Tensor, int], Run]
 LOOPS: dict[str, tuple[Loop, dict[str, Loop]]] = {
     "DDIM": (our_ddim, {"diffusers": diffusers_ddim}),
     "DDPM": (our_ddpm, {"diffusers": diffusers_ddpm}),
     "Euler": (
         partial(our_sigmas, sample_euler),
-        {"diffusers": partial(diffusers_sigmas, "Euler"), "plain loop": partial(plain_loop, False)},
+        {
+            "diffusers": partial(diffusers_sigmas, "Euler"),
+            "k-diffusion": partial(k_diffusion, "sample_euler"),
+            "plain loop": partial(plain_loop, False),
+        },
     ),
     "Heun": (
         partial(our_sigmas, sample_heun),
-        {"diffusers": partial(diffusers_sigmas, "Heun"), "plain loop": partial(plain_loop, True)},
+        {
+            "diffusers": partial(diffusers_sigmas, "Heun"),
+            "k-diffusion": partial(k_diffusion, "sample_heun"),
+            "plain loop": partial(plain_loop, True),
+        },
     ),
     "RDDM": (our_residual, {"diffusers": partial(diffusers_ddim, spacing="trailing")}),
 }

@@ -234,10 +234,36 @@ def test_draw_new_pictures(sfumato, tmp_path, my_photos):
         (["--eta", "1.5"], "less than or equal to 1"),
         (["--eta", "0.5", "--sampler", "heun"], "leave it out"),
         (["--keep", "0.5", "-o", "drawn.gif"], "leave one of them out"),
+        (["--guidance", "2"], "train it with --set conditional=true"),
+        (["--label", "3"], "knows no classes"),
     ):
         done = sfumato("sample", run, "-o", "grid.png", *words)
         assert done.code == 2
         assert told in done.err
+
+
+def test_draw_a_class_by_name(sfumato, tmp_path, my_photos):
+    """One folder a class: what is drawn by name is not what is drawn by another, and guidance changes it."""
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for photo in sorted((tmp_path / "my_photos").iterdir())[:2]:
+            (tmp_path / "pets" / name / photo.name).write_bytes(photo.read_bytes())
+    small = ("--set", "width=8", "--set", "image_size=16", "--set", "batch_size=4", "--set", "sample_steps=2")
+    told = ("--steps", "2", *small, "--set", "conditional=true")
+    assert "one folder a class" in sfumato("train", "ddpm", "--data", "my_photos", "--device", "cpu", *told).err
+    done = sfumato("train", "ddpm", "--data", "pets", "--device", "cpu", *told)
+    assert done.code == 0, done.err
+    run, drawn = run_of(tmp_path, "ddpm"), {}
+    for words in ("--label cat", "--label 0", "--label dog", "--label dog --guidance 40", "--guidance 0"):
+        done = sfumato("sample", run, "-n", "2", "-o", "pets.npz", *words.split())
+        assert done.code == 0, done.err
+        drawn[words] = np.load(tmp_path / "pets.npz")["x"]
+    assert (drawn["--label cat"] == drawn["--label 0"]).all()
+    kinds = [drawn[words] for words in ("--label cat", "--label dog", "--label dog --guidance 40", "--guidance 0")]
+    assert all((a != b).any() for i, a in enumerate(kinds) for b in kinds[:i])
+    done = sfumato("sample", run, "-o", "pets.png", "--label", "wolf")
+    assert done.code == 2
+    assert "cat, dog" in done.err
 
 
 def test_points_are_learned_drawn_and_probed(sfumato, tmp_path):

@@ -209,6 +209,35 @@ def test_features_are_judged_beside_those_of_the_untrained_network(monkeypatch):
     assert any("parameters" in note for note in done["notes"])
 
 
+def test_generators_are_judged_by_what_they_draw(monkeypatch):
+    """Arms and seeds are told apart, and a generator of the data itself is closer than one of noise."""
+    monkeypatch.setattr(trial, "DRAWN", 80)
+    small = {"width": 8, "sample_steps": 2, "batch_size": 8}
+    done = compare(["ddpm", "multiplicative-diffusion"], "sample:digits", steps=1, seeds=1, settings=small, **HERE).record
+    first, second = (done["figures"]["0"][arm]["frechet_distance"] for arm in ("ddpm", "multiplicative-diffusion"))
+    assert first > 0
+    assert second > 0
+    assert first != second
+    assert ("frechet_distance", False) in {(d["metric"], d["higher"]) for d in done["differences"]}
+
+    train, held_out, _ = trial.split("sample:digits")
+
+    class Generator:
+        device = torch.device("cpu")
+
+        def __init__(self, spread):
+            self.spread = spread
+
+        def sample(self, n, generator):
+            x = torch.stack([train[i].x for i in range(n)]).float()
+            return (x + self.spread * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+
+    monkeypatch.setattr(trial, "DRAWN", 400)
+    spreads = (0.0, 0.5, 0.0)
+    near, far, again = (trial.judge(Generator(s), train, held_out, 0)["frechet_distance"] for s in spreads)
+    assert near == again < 0.3 * far
+
+
 def test_arms_of_unlike_size_are_told():
     settings = {name: value for name, value in TINY.items() if name != "mask_unit"}
     done = compare(["mae:dim=32", "mae"], "sample:digits", steps=1, seeds=1, settings=settings, dry_run=True, **HERE).record

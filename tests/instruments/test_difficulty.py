@@ -171,6 +171,18 @@ def test_the_study_takes_its_share_of_the_time():
     assert short.seconds > short.chosen["study"]["training"] * 10
 
 
+def test_a_run_that_knows_classes_is_studied_without_them():
+    torch.manual_seed(0)
+    settings = {"channels": 1, "image_size": 8, "width": 8, "sample_steps": 3, "conditional": True, "classes": 2, "guidance": 4.0}
+    model, seen = DDPM(DDPM.Config.small(**settings)), []
+    model.average.module.register_forward_pre_hook(lambda _, given: seen.append(given[2]) if len(given) > 2 else None)
+    found = study(model, (PICTURES, torch.arange(40) % 2), train_steps=2).run()
+    assert len(found.numbers["trained alone"]["distances"]) == 3
+    plan = study(model, (PICTURES, torch.arange(40) % 2), train_steps=2).plan  # times a chain as it is drawn
+    assert torch.cat(seen[-3:]).min() == 2
+    assert plan.chosen["study"]["steps"] == 2
+
+
 def test_a_method_that_takes_no_expert_has_no_study():
     class Bare(Method):
         schedule = method().schedule

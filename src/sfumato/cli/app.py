@@ -208,6 +208,7 @@ def apply(
         "sfumato sample runs/ddpm/STAMP -n 1000 -o drawn/ --seed 7  # one file each",
         "sfumato sample runs/ddpm/STAMP -n 64 -o grid.png --sampler heun --steps 20",
         "sfumato sample runs/ddpm/STAMP -n 16 -o drawn.gif --sampler ddpm --steps 1000  # how they come about",
+        "sfumato sample runs/ddpm/STAMP -n 16 -o cats.png --label cat --guidance 3  # trained with --set conditional=true",
         "sfumato sample runs/ddpm/STAMP -n 64 -o grid.png --keep 0.96  # the 64 steadiest of 67",
         "sfumato sample runs/mode-interpolation/STAMP -n 10000 -o points.npz",
     ),
@@ -221,6 +222,10 @@ def sample(
         str | None, typer.Option("--sampler", help="ddim, ddpm, euler or heun (default: as the run was set).")
     ] = None,
     eta: Annotated[float | None, typer.Option("--eta", help="Noise in the steps of ddim, 0 to 1.")] = None,
+    label: Annotated[str | None, typer.Option("--label", help="Class to draw, by name or number (default: all in turn).")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help="Towards the class: 1 none, above 1 more typical, 0 any class.")
+    ] = None,
     keep: Annotated[
         float | None, typer.Option("--keep", help="Draw more, keep this share: the samples whose trajectories vary least.")
     ] = None,
@@ -233,7 +238,7 @@ def sample(
     """Draw new pictures with a trained run."""
     from sfumato.cli import sample as work
 
-    told = {"steps": steps, "sampler": sampler, "eta": eta}
+    told = {"steps": steps, "sampler": sampler, "eta": eta, "label": label, "guidance": guidance}
     work.sample(run, count, out, seed=seed, device=device, keep=keep, window=window, told=told)
 
 

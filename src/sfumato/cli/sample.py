@@ -25,7 +25,7 @@ BATCH = {True: 20_000, False: 256}
 """What is drawn at once, points or pictures: so the memory is bounded."""
 FRAMES, FRAME_MS, LAST_MS = 60, 80, 2000
 """Steps that a .gif shows at most, and how long each and the end stay, in milliseconds."""
-SETTINGS = {"steps": "sample_steps", "sampler": "sampler", "eta": "eta"}
+SETTINGS = {"steps": "sample_steps", "sampler": "sampler", "eta": "eta", "label": "label", "guidance": "guidance"}
 """Options, and the settings of a run that they stand for."""
 
 
@@ -72,6 +72,8 @@ def _tell(method: Any, run: Path, told: dict[str, Any]) -> None:
         if SETTINGS[name] not in type(config).model_fields:
             raise BadSetting(f"--{name} does not go with {run}: it draws in a way of its own")
     chosen = configure(type(config), "paper", {**config.model_dump(), **{SETTINGS[name]: told[name] for name in told}})
+    if not getattr(chosen, "conditional", True) and {"label", "guidance"} & set(told):
+        raise BadSetting(f"{run} knows no classes, so --label and --guidance say nothing: train it with --set conditional=true")
     if "eta" in told and getattr(chosen, "sampler", "ddim") != "ddim":
         raise BadSetting(f"--eta is of ddim, and {chosen.sampler} takes none: leave it out")
     method.config = chosen

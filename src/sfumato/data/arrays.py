@@ -1,4 +1,4 @@
-"""Arrays and tensors as data sets: `.npz` files, and what is given from Python.
+"""Arrays and tensors as data sets: `.npz` and IDX files, and what is given from Python.
 
 Images are uint8, uint16 or floats in [0, 1]; floats that are none (0 to 255, standardised, NaN) are refused with the way out,
 because a method cannot see the mistake and would train on it. Vectors `[N, D]` are taken as they are.
@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from sfumato.data.batch import Batch
 from sfumato.data.decoding import first_line
 from sfumato.data.folders import hold_out
+from sfumato.data.idx import is_idx, read_idx_set
 from sfumato.data.image_set import ImageSet, InMemory, Sample, to_channels
 from sfumato.errors import BadData
 
@@ -35,12 +36,12 @@ _NAMES = {"x": ("x", "images", "image", "data", "arr_0"), "y": ("y", "labels", "
 
 
 def open_arrays(path: Path, split: str = "train", *, channels: int | None = None, holdout: float = 0.1) -> ImageSet | None:
-    """A `.npz` (or `.npy`) file of images; nothing in it is ever unpickled.
+    """A `.npz` (or `.npy`, or IDX) file of images; nothing in it is ever unpickled.
 
     Args:
         path: the file: `x` or `images` `[N, H, W]`, `[N, C, H, W]`, `[N, H, W, C]`, or clips with a T after N, or vectors
             `[N, D]`; maybe `y` or `labels` `[N]`, `target` (like `x`, or numbers `[N]`, `[N, K]`), `classes` (names); or
-            `x_train`, `y_train`, `x_test`, `y_test`.
+            `x_train`, `y_train`, `x_test`, `y_test`. Of an IDX file see `sfumato.data.idx.read_idx_set`.
         split: "train" or "test".
         channels: 1 or 3; None: as stored.
         holdout: share of labelled arrays without `x_test` that is given to "test".
@@ -76,6 +77,8 @@ def open_arrays(path: Path, split: str = "train", *, channels: int | None = None
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
+    if is_idx(path):
+        return read_idx_set(path)
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.ndarray):

@@ -7,6 +7,7 @@
 | a folder | images in it and below it; sub-folders may be classes, or `train` and `test` (or `val`) |
 | a file | one image; the frames of a video; `.npz` and `.npy` arrays; a `.tar` of images |
 | `arrays:FILE.npz` | arrays `x` or `images`, and maybe `y` or `labels`, `target`; or `x_train`, `x_test`, ... |
+| `arrays:train-images-idx3-ubyte.gz` | MNIST and its like, with the labels and test images that lie beside |
 | `pairs:IN:TARGET` | two folders of images with the same names |
 | `kitti:FOLDER` | frames and boxed objects with their distances, in KITTI's format |
 | `wds://PATTERN` | WebDataset shards, such as `wds://train-{000..009}.tar` |

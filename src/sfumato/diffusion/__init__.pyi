@@ -9,6 +9,8 @@ from .edm import EDMPrecond as EDMPrecond
 from .edm import edm_loss as edm_loss
 from .expert import ExpertDenoiser as ExpertDenoiser
 from .finite import FiniteTrajectory as FiniteTrajectory
+from .guidance import classifier_free_guidance as classifier_free_guidance
+from .guidance import drop_condition as drop_condition
 from .hspace import edit_h as edit_h
 from .hspace import h_function as h_function
 from .hspace import record_h as record_h

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.finite import FiniteTrajectory
+from sfumato.diffusion.guidance import classifier_free_guidance, drop_condition
 from sfumato.diffusion.predictions import as_denoiser, convert, read_schedule
 from sfumato.diffusion.samplers import ddim_mean, ddim_times
 from sfumato.diffusion.schedules import Schedule, expand
@@ -202,9 +203,7 @@ def fake_score_loss(
     """
     tables, kind = read_schedule(schedule, predict)
     if null is not None and cond is not None:
-        device = cond.device if generator is None else generator.device
-        gone = (torch.rand(len(cond), generator=generator, device=device) < drop).to(cond.device)
-        cond = torch.where(gone.view(-1, *[1] * (cond.ndim - 1)), null, cond)
+        cond = drop_condition(cond, null, drop, generator=generator)
     errors = denoising_loss(_eps(fake, tables, kind, cond), x0.detach(), t, noise, tables, reduction="none")
     return (expand(tables.abar, t, errors) * errors).mean()
 
@@ -231,20 +230,10 @@ def noise_kl(eps: Tensor, *, reduction: str = "sum") -> Tensor:
 def _eps(
     model: Model, tables: Schedule, kind: str, cond: Tensor | None, null: Tensor | None = None, guidance: float = 1.0
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A network as a predictor of noise, its condition filled in; both conditions in one batch where it is guided."""
+    """A network as a predictor of noise, its condition filled in."""
     if cond is None:
         return as_denoiser(model, tables, predict=kind, face="eps")
-    given = cond
-    if null is None or guidance == 1:
-        return as_denoiser(lambda x, t: model(x, t, given), tables, predict=kind, face="eps")
-    pair = torch.cat([null.expand_as(given), given])
-    both = as_denoiser(lambda x, t: model(x, t, pair), tables, predict=kind, face="eps")
-
-    def guided(x: Tensor, t: Tensor) -> Tensor:
-        without, with_it = both(_repeat(x, 2), _repeat(t, 2)).chunk(2)
-        return without + guidance * (with_it - without)
-
-    return guided
+    return as_denoiser(classifier_free_guidance(model, cond, null, scale=guidance), tables, predict=kind, face="eps")
 
 
 def _times(schedule: Schedule | Any, tables: Schedule, steps: int, times: Sequence[int] | None) -> tuple[list[int], int | None]:

@@ -78,7 +78,8 @@ def configure(config: type[C], preset: str, settings: dict[str, Any]) -> C:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(p) for p in first["loc"]) or "settings"
-        described = known[name].description if name in known else ""
+        described = (known[name].description or "") if name in known else ""
+        described += "; written [1, 2]" if first["type"] == "tuple_type" else ""
         raise BadSetting(
             f"{name}={first['input']!r}: {first['msg'].lower()}" + (f" ({described})" if described else "")
         ) from None

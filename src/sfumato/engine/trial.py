@@ -21,12 +21,14 @@ from sfumato.engine.loop import Options, Trainer, as_data, evaluate, preview
 from sfumato.engine.randomness import key
 from sfumato.engine.rehearsal import peak_memory, rehearse, resident_memory
 from sfumato.errors import BadData, Diverged
-from sfumato.method import Method, Result, capabilities
+from sfumato.method import Method, Result, capabilities, draws_points
 
 CURVE_POINTS, SHOWN = 200, 4
 """Points of a loss curve; pictures that are shown."""
 PROBE_TRAIN, PROBE_TEST, FEW = 2000, 1000, 100
 """Samples that probes of features read and are judged on; labels of the few-label fine-tuning."""
+DRAWN = 400
+"""Pictures that a generator draws to be judged."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,8 @@ def _trained(job: Job, data: Any, steps: int) -> dict[str, Any]:
     if train.items.labelled and next(iter(capabilities(method)), "") == "encode":
         figures |= probe(method, train, held_out, job.seed)
         untrained |= probe(before, train, held_out, job.seed)
+    if train.items.labelled and next(iter(capabilities(method)), "") == "sample" and not draws_points(method):
+        figures |= judge(method, train, held_out, job.seed)
     memory = {"memory": trainer.memory, "resting_memory": desk.resting} if job.alone else {"memory": None, "resting_memory": None}
     return {
         "figures": figures, "untrained": untrained, "curves": trainer.curve, "evaluations": trainer.evaluations,
@@ -220,6 +224,26 @@ def probe(method: Any, train: ImageSet, held_out: ImageSet, seed: int) -> dict[s
         "linear_probe": linear_probe(z, known.label, test=test, scaler="standard"),
         "knn_probe": knn_probe(z, known.label, test=test),
     }
+
+
+@torch.no_grad()
+def judge(method: Any, train: ImageSet, held_out: ImageSet, seed: int) -> dict[str, float]:
+    """How far new pictures are from held-out ones: the Fréchet distance in the features of a small classifier of the data."""
+    from torch.nn.functional import interpolate
+
+    from sfumato.metrics import frechet_features
+    from sfumato.probes import train_judge
+
+    generator = torch.Generator(method.device).manual_seed(key(seed, "drawn"))
+    drawn = method.sample(DRAWN, generator).float().cpu()
+    side = drawn.shape[-1]
+    known, real = _few(train, PROBE_TRAIN, side, seed), _few(held_out, PROBE_TEST, side, seed)
+    assert known.label is not None
+    seen, x = (b.x if b.x.shape[-1] == side else interpolate(b.x, side, mode="area") for b in (known, real))
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(key(seed, "judge"))  # the same one for every arm
+        features = train_judge(seen, known.label)[:-1]
+    return {"frechet_distance": frechet_features(features(drawn), features(x)).item()}
 
 
 def _save_pictures(job: Job, method: Method, held_out: ImageSet) -> dict[str, str]:

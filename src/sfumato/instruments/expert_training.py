@@ -14,6 +14,7 @@ network that knows pictures is at hand; all samples start at the same noise (Kim
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -95,7 +96,7 @@ def cost(
     Raises:
         BadSetting: a method that cannot draw with other networks.
     """
-    owner = _taker(subject)
+    owner = _of_any_class(_taker(subject))
     size = min(len(x), owner.config.batch_size)
     measured = MEASURES * len(x[:MOST]) / size / 3  # a loss without its gradient is a third of a step; one step comes with two
     training = (steps + measured) * 0.6 * seconds_of(lambda: _train(subject, x[:size], (0, 1), 1), subject.device)
@@ -130,7 +131,7 @@ def train_experts(
         and "distances" of the parts that were finished, unless it was stopped before the first was. Nothing where it was stopped
         before all of that.
     """
-    owner, found = _taker(subject), _Found()
+    owner, found = _of_any_class(_taker(subject)), _Found()
     edges = uniform_clusters(len(owner.schedule), plan.parts)  # type: ignore[attr-defined]
     start = key(generator.initial_seed(), "experts")
     with progress.until_stopped():
@@ -194,6 +195,15 @@ def _taker(subject: Subject) -> ExpertTaker:
     if not isinstance(owner, ExpertTaker):
         raise BadSetting(f"{subject.name} cannot draw with another network at some times: leave out train_steps")
     return owner
+
+
+def _of_any_class(owner: ExpertTaker) -> ExpertTaker:
+    """Where a run knows classes: the same, drawing without; the networks of one part are trained without, too."""
+    if not getattr(owner.config, "conditional", False):
+        return owner
+    other = copy.copy(owner)
+    other.config = owner.config.model_copy(update={"guidance": 0.0, "label": None})
+    return other
 
 
 def _train(

@@ -37,6 +37,7 @@ def small_unet(
     attn_at: Sequence[int] = (),
     layers: int = 1,
     classes: int | None = None,
+    null_class: bool = False,
     norm_groups: int = 8,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -51,6 +52,7 @@ def small_unet(
         attn_at: levels with self-attention, 0 = full resolution.
         layers: residual blocks a level.
         classes: number of classes to condition on; None: unconditional.
+        null_class: one more class, which says nothing: a call without `class_labels` is of it (classifier-free guidance).
         norm_groups: groups of the group normalisation.
         dropout: rate inside the residual blocks.
 
@@ -62,6 +64,12 @@ def small_unet(
     """
     from diffusers import UNet2DModel
 
+    model: Any = UNet2DModel
+    if null_class:
+        if classes is None:
+            raise BadSetting("null_class is one more class, and there are none: give classes=, how many")
+        from sfumato.nn.class_unet import ClassUNet2DModel as model
+
     sides = (size, size) if isinstance(size, int) else size
     stride = 2 ** (len(mults) - 1)
     if any(side % stride for side in sides):
@@ -71,7 +79,7 @@ def small_unet(
     if not set(attn_at) <= set(range(len(mults))):
         raise BadSetting(f"attn_at={tuple(attn_at)} names levels that are not there: allowed are 0 to {len(mults) - 1}")
     kinds = ["Attn" if level in attn_at else "" for level in range(len(mults))]
-    net = UNet2DModel(
+    net = model(
         sample_size=sides,
         in_channels=in_channels,
         out_channels=out_channels or in_channels,
@@ -81,7 +89,7 @@ def small_unet(
         up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
         norm_num_groups=norm_groups,
         dropout=dropout,
-        num_class_embeds=classes,
+        num_class_embeds=classes + 1 if null_class and classes else classes,
     )
     return cast(nn.Module, net)
 
@@ -108,6 +116,7 @@ def unet_embed(unet: Any, t: Tensor, *, cond: Tensor | None = None, dtype: torch
         return temb if unet.time_embed_act is None else cast(Tensor, unet.time_embed_act(temb))
     if unet.class_embedding is not None:
         labels = unet.time_proj(cond) if unet.config.class_embed_type == "timestep" else cond
+        labels = t.new_full((1,), unet.null_class) if labels is None else labels
         temb = temb + unet.class_embedding(labels).to(unet.dtype)
     return temb
 
@@ -181,5 +190,6 @@ def _check_halves(unet: Any, cond: Tensor | None) -> None:
     found += ["fourier"] if unet.config.get("time_embedding_type") == "fourier" else []
     if found:
         raise BadSetting(f"this U-Net cannot be cut in two, it has more than x, t and cond: {', '.join(found)}")
-    if cond is None and (_attends(unet) or unet.class_embedding is not None):
+    told = unet.class_embedding is not None and not hasattr(unet, "null_class")
+    if cond is None and (_attends(unet) or told):
         raise BadSetting("this U-Net needs a condition: give cond, class numbers or the states it attends to")

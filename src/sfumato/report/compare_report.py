@@ -25,7 +25,7 @@ import numpy as np
 
 from sfumato.claim import ENOUGH_SEEDS, paired_interval
 from sfumato.engine.outcomes import EARLY, PROBES, is_own_loss, metrics_of
-from sfumato.engine.trial import FEW
+from sfumato.engine.trial import DRAWN, FEW
 from sfumato.report.page import Page
 from sfumato.report.plots import curves, interval_text, number
 from sfumato.report.rows import dots, intervals
@@ -132,6 +132,7 @@ def _show_differences(page: Page, record: Mapping[str, Any]) -> None:
         )
         page.table([_told(d) for d in shown], ["arm", "figure", "difference", "outcome"])
     _tell_own_losses(page, record, metrics)
+    _tell_samples(page, metrics)
     by_arm = {m: {arm["label"]: _values(record["figures"], arm["label"], m) for arm in record["arms"]} for m in metrics}
     if seeds > 1:
         plots = [dots(values, xlabel=_words(metric)) for metric, values in by_arm.items()]
@@ -243,6 +244,15 @@ def _show_features(page: Page, record: Mapping[str, Any]) -> None:
         page.text(
             f"**Too early to tell from probes:** after fewer than {EARLY:,} steps, linear and kNN probes of averaged patches say "
             "nothing about a method: masked pre-training first makes them worse than those of a random network."
+        )
+
+
+def _tell_samples(page: Page, metrics: Sequence[str]) -> None:
+    """How the samples of generators were judged."""
+    if "frechet_distance" in metrics:
+        page.text(
+            f"Fréchet distance: of {DRAWN} new pictures to held-out ones, in the features of a small classifier that learned the "
+            "classes of the training pictures, the same for all arms; lower is better. It is no FID, and only comparable here."
         )
 
 

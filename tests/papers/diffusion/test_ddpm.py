@@ -3,8 +3,9 @@ import torch
 
 from sfumato.data import Batch, digits
 from sfumato.engine import fit
-from sfumato.errors import BadData
+from sfumato.errors import BadData, BadSetting
 from sfumato.method import Context, Sampler
+from sfumato.nn import unet_decode, unet_embed, unet_encode
 from sfumato.papers.diffusion.ddpm import DDPM
 
 
@@ -79,3 +80,80 @@ def test_samplers_agree_where_steps_are_many():
     assert (drawn["heun"] - drawn["ddim"]).abs().max() < 0.05
     assert (drawn["euler"] - drawn["ddim"]).abs().max() < 0.1
     assert (drawn["ddpm"] - drawn["ddim"]).abs().max() > 0.3
+
+
+def _conditional(**over):
+    return _small(conditional=True, classes=10, **over)
+
+
+def test_told_classes_it_draws_the_one_that_is_asked_for():
+    """A judge of digits finds the classes; guided samples are of their class more often, and any class is none in particular."""
+    from sfumato.probes import train_judge
+
+    data = digits()[0]
+    method = fit(_conditional(ema=0.98, batch_size=64), data, steps=150, progress=False)
+    judge = train_judge(data.x, data.label)
+    share = {}
+    for guidance in (0.0, 1.0, 3.0):
+        method.config = method.config.model_copy(update={"guidance": guidance})
+        drawn = method.sample(200, torch.Generator().manual_seed(1))
+        share[guidance] = (judge(drawn).argmax(1) == method.labels(200)).float().mean().item()
+    assert share[0.0] < 0.25
+    assert share[1.0] > 0.4
+    assert share[3.0] > share[1.0] + 0.1
+    method.config = method.config.model_copy(update={"label": "7"})
+    assert (judge(method.sample(50, torch.Generator().manual_seed(1))).argmax(1) == 7).float().mean() > 0.6
+
+
+def test_classes_come_from_the_data_by_name():
+    from sfumato.data.batch import Facts
+
+    facts = Facts(20, 1, (8, 8), ("cat", "dog"), ("x", "index", "label"))
+    config = DDPM.Config.small(conditional=True, width=8).fitted(facts)
+    assert (config.classes, config.class_names) == (2, ("cat", "dog"))
+    method = DDPM(config.model_copy(update={"label": "dog"}))
+    assert method.labels(3).tolist() == [1, 1, 1]
+    for label in ("wolf", "2", "-1"):
+        method.config = config.model_copy(update={"label": label})
+        with pytest.raises(BadSetting, match="cat, dog"):
+            method.sample(1)
+    assert DDPM.Config.small(width=8).fitted(facts).class_names is None
+    with pytest.raises(BadData, match="folder a class"):
+        DDPM.Config.small(conditional=True).fitted(Facts(20, 1, (8, 8)))
+    with pytest.raises(BadSetting, match="the data has 4"):
+        DDPM.Config.small(conditional=True, classes=3).fitted(Facts(9, 1, (8, 8), tuple("abcd"), ("x", "index", "label")))
+    with pytest.raises(BadSetting, match="conditional=true"):
+        _small(guidance=2.0).sample(1)
+    with pytest.raises(BadData, match="a class with every picture"):
+        method.loss(Batch(torch.rand(4, 1, 8, 8), torch.arange(4)), Context(0, 10, 0, torch.Generator()))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
+def test_guided_by_one_it_is_the_network_of_the_class(sampler):
+    method = _conditional(sampler=sampler, sample_steps=4, label="3")
+    a, seen = method.sample(2, torch.Generator().manual_seed(0)), []
+    inner, method.average.forward = method.average.forward, lambda x, t, c: seen.append(c.tolist()) or inner(x, t, c)
+    assert torch.equal(a, method.sample(2, torch.Generator().manual_seed(0)))
+    assert all(c == [3, 3] for c in seen)
+    del method.average.forward
+    assert not torch.equal(a, _other_label(method))
+
+
+def _other_label(method):
+    method.config = method.config.model_copy(update={"label": "4"})
+    return method.sample(2, torch.Generator().manual_seed(0))
+
+
+def test_whoever_says_no_class_gets_pictures_of_any():
+    """Restoration, noise levels and what other papers make of the network: all call it without a class."""
+    from deepinv.physics import Denoising, GaussianNoise
+
+    method, x, t = _conditional(), torch.rand(2, 1, 8, 8), torch.tensor([3, 500])
+    net = method.average.module.eval()
+    with torch.no_grad():
+        assert torch.equal(net(x, t).sample, net(x, t, torch.tensor([10, 10])).sample)
+        e = unet_embed(net, t)
+        assert torch.allclose(e, unet_embed(net, t, cond=torch.tensor([10, 10])))
+        assert torch.allclose(unet_decode(net, *unet_encode(net, x, t)), net(x, t).sample, atol=1e-6)
+    assert method.losses_at(x, t, torch.randn_like(x)).shape == (2,)
+    assert method.restore(x, Denoising(GaussianNoise(0.1)), steps=2).shape == x.shape

@@ -91,9 +91,9 @@ def test_the_pacer_sees_the_loss_of_all_processes():
     assert method.pacer.age == 1
 
 
-@pytest.mark.parametrize("pacing", ["patience", "linear"])
-def test_a_step_waits_for_no_number(pacing):
-    method, ctx = small(pacing=pacing, longest=2), context()
+@pytest.mark.parametrize(("pacing", "formulation"), [("patience", "ddpm"), ("linear", "ddpm"), ("patience", "edm")])
+def test_a_step_waits_for_no_number(pacing, formulation):
+    method, ctx = small(pacing=pacing, formulation=formulation, longest=2), context()
     for _ in range(4):
         training = method.steps(ctx)
         next(training)
@@ -102,7 +102,7 @@ def test_a_step_waits_for_no_number(pacing):
             stage = method.stage(ctx).float()
             with pytest.raises(StopIteration):
                 training.send(Result(torch.tensor(1.0), {"stage": stage}))
-        assert t.min() >= 1000 - 200 * int(stage)
+        assert t.min() >= (1000 - 200 * int(stage) if formulation == "ddpm" else 0)
 
 
 class Killed(DenoisingCurriculum):
@@ -197,8 +197,29 @@ def test_edm_draws_by_heun_from_the_largest_level():
     assert seen[0].x_t.std().item() == pytest.approx(80, rel=0.2)
     assert torch.equal(drawn, method.sample(3, torch.Generator().manual_seed(0)))
     assert not torch.equal(drawn, edm(sample_steps=18, sampler="euler").sample(3, torch.Generator().manual_seed(0)))
-    with pytest.raises(BadSetting, match="draws without label"):
-        method.sample(1, label=3)
+
+
+def test_edm_learns_and_draws_classes():
+    told = {"conditional": True, "classes": 3, "class_dropout": 0.0, "sample_steps": 3}
+    method, batch = edm(**told), Batch(PICTURES[:4], torch.arange(4), torch.tensor([0, 1, 2, 0]))
+    fit(method, (PICTURES, torch.arange(128) % 3), steps=3, progress=False, device="cpu")
+    other = Batch(PICTURES[:4], torch.arange(4), torch.tensor([1, 2, 0, 1]))
+    assert method.loss(batch, context()).value != method.loss(other, context()).value
+    drawn = {}
+    for guidance in (0.0, 1.0, 3.0):
+        method.config = method.config.model_copy(update={"guidance": guidance, "label": "1"})
+        drawn[guidance] = method.sample(2, torch.Generator().manual_seed(0))
+    assert len({float(x.sum()) for x in drawn.values()}) == 3
+    with pytest.raises(BadSetting, match="train with conditional=true"):
+        edm(label="1").sample(1)
+
+
+def test_a_run_is_a_base_like_a_ddpm_run_but_for_edm():
+    method = small()
+    base = DDPM(DDPM.Config.model_validate(method.base_settings()))
+    base.net.load_state_dict(method.net.state_dict())
+    with pytest.raises(BadCheckpoint, match="give one of formulation=ddpm"):
+        edm().base_settings()
 
 
 def test_edm_restores_pictures_of_another_size():

@@ -6,7 +6,11 @@ on pictures in [-1, 1]. Samples are drawn with the moving average of the weights
 it takes all times), or along the probability flow by Euler's or Heun's rule. Told how pictures were degraded it restores them
 too (`sfumato.diffusion.sample_posterior`), though it has never seen a degraded one.
 
-Source: Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020 (arXiv 2006.11239).
+With `conditional` the network is told the class of a picture, but not always, so that it knows both pictures of a class and
+pictures of any: samples are of the class in `label`, or of all in turn, and `guidance` leads away from pictures of any.
+
+Sources: Jonathan Ho, Ajay Jain, Pieter Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020 (arXiv 2006.11239);
+classes: Jonathan Ho, Tim Salimans, "Classifier-Free Diffusion Guidance", NeurIPS 2021 workshop (arXiv 2207.12598).
 
 >>> from sfumato.papers.diffusion.ddpm import DDPM
 >>> method = DDPM(DDPM.Config.small(channels=1, image_size=8, width=8, sample_steps=2))
@@ -32,14 +36,16 @@ from sfumato.diffusion import (
     Schedule,
     as_denoiser,
     beta_schedule,
+    classifier_free_guidance,
     denoising_loss,
+    drop_condition,
     sample_ddim,
     sample_euler,
     sample_heun,
     uniform_t,
 )
 from sfumato.diffusion.samplers import Callback
-from sfumato.errors import BadData
+from sfumato.errors import BadData, BadSetting
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.nn import small_unet
 from sfumato.optim import EMA
@@ -113,6 +119,25 @@ class DDPM(PictureMethod):
         )
         sample_steps: int = Field(50, gt=0, description="steps of a sample, a network call each (heun: two)")
         eta: float = Field(0.0, ge=0, le=1, description="noise while sampling by ddim; 1: that of ddpm")
+        conditional: bool = Field(False, description="learn what class a picture is of")
+        classes: int | None = Field(None, gt=1, description="where conditional: number of classes; None: those of the data")
+        class_names: tuple[str, ...] | None = Field(None, description="their names, for label; None: those of the data")
+        class_dropout: float = Field(0.1, ge=0, lt=1, description="where conditional: share of training pictures without class")
+        label: str | None = Field(
+            None, coerce_numbers_to_str=True, description="class to draw, a name or a number from 0; None: all in turn"
+        )
+        guidance: float = Field(1.0, ge=0, description="towards the class; 1: none, 0: any class, above 1: more typical")
+
+        def fitted(self, facts: Facts) -> Self:
+            """As of every generator; the classes from the data."""
+            config = super().fitted(facts)
+            if config.conditional and "label" not in facts.fields:
+                raise BadData("conditional needs pictures with classes, and these have none: give one folder a class")
+            if not config.conditional or facts.classes is None:
+                return config
+            if len(facts.classes) > (config.classes or 0):
+                raise BadSetting(f"classes={config.classes}, and the data has {len(facts.classes)}: leave classes out")
+            return type(config).model_validate({**config.model_dump(), "class_names": config.class_names or facts.classes})
 
         @classmethod
         def small(cls, **over: Any) -> Self:
@@ -126,10 +151,13 @@ class DDPM(PictureMethod):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         c = self.config
+        if c.conditional and c.classes is None:
+            raise BadSetting("classes is not set, and there is no labelled data to count them in: say classes=10")
         self.schedule = Schedule(beta_schedule(c.schedule, c.times))
         self.net = small_unet(
-            self.shape[1], self.shape[0], width=c.width, mults=c.mults, attn_at=c.attn_at, layers=c.layers, dropout=c.dropout
-        )
+            self.shape[1], self.shape[0], width=c.width, mults=c.mults, attn_at=c.attn_at, layers=c.layers, dropout=c.dropout,
+            classes=c.classes if c.conditional else None, null_class=c.conditional,
+        )  # fmt: skip
         self.average = EMA(self.net, decay=c.ema, warmup=True)
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
@@ -141,8 +169,38 @@ class DDPM(PictureMethod):
         x0 = 2 * self.checked(batch) - 1
         t = self.draw_times(len(batch), ctx).to(x0.device)
         noise = torch.randn(x0.shape, generator=ctx.generator, device=x0.device, dtype=x0.dtype)
-        value = denoising_loss(lambda x, t: self.net(x, t).sample, x0, t, noise, self.schedule, predict=self.config.predict)
+        told = self._told(batch, ctx)
+        net = self.net if told is None else lambda x, t: self.net(x, t, told)
+        value = denoising_loss(lambda x, t: net(x, t).sample, x0, t, noise, self.schedule, predict=self.config.predict)
         return Loss(value, len(batch))
+
+    def _told(self, batch: Batch, ctx: Context) -> Tensor | None:
+        """The classes that the network is told of a training batch; some are left out."""
+        if not self.config.conditional:
+            return None
+        if batch.label is None:
+            raise BadData("conditional needs a class with every picture, and these have none: give one folder a class")
+        return drop_condition(batch.label, self._null(batch.label), self.config.class_dropout, generator=ctx.generator)
+
+    def _null(self, like: Tensor) -> Tensor:
+        """The class that says nothing, the last of the network's: `[1]`."""
+        return like.new_full((1,), int(self.config.classes))
+
+    def labels(self, n: int) -> Tensor:
+        """The classes of `n` samples: that of `label`, or all in turn, `[n]` int64.
+
+        Raises:
+            BadSetting: a label that is none of the classes.
+        """
+        c = self.config
+        if c.label is None:
+            return torch.arange(n, device=self.device) % c.classes
+        names = c.class_names or ()
+        number = names.index(c.label) if c.label in names else int(c.label) if c.label.isdecimal() else c.classes
+        if number >= c.classes:
+            known = ", ".join(names) if names else f"0 to {c.classes - 1}"
+            raise BadSetting(f"label={c.label} is none of the classes of this model: {known}")
+        return torch.full((n,), number, device=self.device)
 
     def draw_times(self, n: int, ctx: Context) -> Tensor:
         """At which times a training batch of `n` pictures is made: `[n]` int64."""
@@ -167,6 +225,11 @@ class DDPM(PictureMethod):
 
     def _expert(self, net: nn.Module, low: int, high: int) -> ExpertDenoiser:
         return ExpertDenoiser(self.average, net, low=low, high=high)
+
+    def base_settings(self) -> dict[str, Any]:
+        """The settings, of JSON's types, of a plain `ddpm` that the networks of this run fit: for what is built on one."""
+        known = self.config.model_dump(mode="json")
+        return {name: known[name] for name in DDPM.Config.model_fields}
 
     def steps(self, ctx: Context) -> Generator[Step, Result, None]:
         """One step; then the average follows."""
@@ -195,18 +258,30 @@ class DDPM(PictureMethod):
     def sample(self, n: int, generator: torch.Generator | None = None, *, callback: Callback | None = None) -> Tensor:
         """Draw `n` new pictures: `[n, C, H, W]` in [0, 1]; `callback` sees every step, with pictures in [-1, 1]."""
         device = generator.device if generator is not None else self.device
+        net = self._guided(n)
         x = torch.randn((n, *self.shape), generator=generator, device=device).to(self.device)
         c, steps = self.config, self.trajectory_steps
         if c.sampler in ("euler", "heun"):
             integrate, sigmas = sample_heun if c.sampler == "heun" else sample_euler, self.schedule.levels(steps)
             start = (1 + sigmas[0].square()).sqrt().to(x) * x  # as noisy pictures with a signal of 1 are
-            drawn = integrate(lambda x, sigma: self._denoiser(x, sigma).clamp(-1, 1), start, sigmas, callback=callback)
+            denoise = as_denoiser(net, self.schedule, predict=c.predict)
+            drawn = integrate(lambda x, sigma: denoise(x, sigma).clamp(-1, 1), start, sigmas, callback=callback)
         else:
             drawn = sample_ddim(
-                lambda x, t: self.average(x, t).sample, x, self.schedule, steps=steps, eta=1.0 if c.sampler == "ddpm" else c.eta,
+                net, x, self.schedule, steps=steps, eta=1.0 if c.sampler == "ddpm" else c.eta,
                 predict=c.predict, clip=True, callback=callback, generator=generator,
             )  # fmt: skip
         return (drawn + 1).div(2).clamp(0, 1)
+
+    def _guided(self, n: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """The averaged weights as `f(x_t, t)` of `n` pictures, with their classes where there are any."""
+        c = self.config
+        if not c.conditional:
+            if c.label is not None or c.guidance != 1:
+                raise BadSetting("label and guidance are of models that know classes: train with conditional=true")
+            return lambda x, t: self.average(x, t).sample
+        cond = self.labels(n)
+        return classifier_free_guidance(self.average, cond, self._null(cond), scale=c.guidance)
 
     @property
     def stride(self) -> int:

@@ -179,7 +179,9 @@ class DenoisingCurriculum(DDPM):
             x0 = 2 * self.checked(batch) - 1
             sigma = self.draw_times(len(batch), ctx).to(x0)
             noise = torch.randn(x0.shape, generator=ctx.generator, device=x0.device, dtype=x0.dtype)
-            loss = Loss(edm_loss(self._scaled(self.net), x0, sigma, noise), len(batch))
+            told = self._told(batch, ctx)
+            net = self.net if told is None else lambda x, t: self.net(x, t, told)
+            loss = Loss(edm_loss(self._scaled(net), x0, sigma, noise), len(batch))
         else:
             loss = super().loss(batch, ctx)
         return loss._replace(logs={**loss.logs, "stage": self.stage(ctx).float()})
@@ -191,7 +193,7 @@ class DenoisingCurriculum(DDPM):
         sigma = self.schedule.sigma.to(x)[t]
         return edm_loss(self._scaled(self.average), 2 * x - 1, sigma, noise, reduction="none")
 
-    def _scaled(self, net: nn.Module) -> EDMPrecond:
+    def _scaled(self, net: Callable[[Tensor, Tensor], Any]) -> EDMPrecond:
         return EDMPrecond(net, sigma_data=self.config.sigma_data)
 
     def _expert(self, net: nn.Module, low: int, high: int) -> ExpertDenoiser:
@@ -209,24 +211,30 @@ class DenoisingCurriculum(DDPM):
         scaled, smallest = self._scaled(self.average), self.config.sigma_min
         return lambda x, sigma: scaled(x, sigma.clamp(min=smallest))
 
+    def base_settings(self) -> dict[str, Any]:
+        """The base's.
+
+        Raises:
+            BadCheckpoint: a run of continuous levels.
+        """
+        if self.continuous:
+            raise BadCheckpoint("what is built on a ddpm run goes by its discrete times: give one of formulation=ddpm")
+        return super().base_settings()
+
     def _integrator(self) -> Callable[..., Tensor]:
         rules = {"heun": sample_heun, "euler": sample_euler}
         if self.config.sampler not in rules:
             raise BadSetting(f"sampler={self.config.sampler} goes by discrete times: formulation=edm takes {' or '.join(rules)}")
         return rules[self.config.sampler]
 
-    def sample(
-        self, n: int, generator: torch.Generator | None = None, *, callback: Callback | None = None, **settings: Any
-    ) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None, *, callback: Callback | None = None) -> Tensor:
         """The base's; for EDM along the probability flow, from `sigma_max` down."""
         if not self.continuous:
-            return super().sample(n, generator, callback=callback, **settings)
-        if settings:
-            raise BadSetting(f"a run of formulation=edm draws without {', '.join(settings)}")
-        device = generator.device if generator is not None else self.device
+            return super().sample(n, generator, callback=callback)
+        device, net = generator.device if generator is not None else self.device, self._scaled(self._guided(n))
         x = torch.randn((n, *self.shape), generator=generator, device=device).to(self.device)
         sigmas = self.levels(self.trajectory_steps)
-        drawn = self._integrator()(self._denoiser, sigmas[0].to(x) * x, sigmas, callback=callback)
+        drawn = self._integrator()(net, sigmas[0].to(x) * x, sigmas, callback=callback)
         return (drawn + 1).div(2).clamp(0, 1)
 
     def restore(self, inputs: Tensor, physics: Any = None, **settings: Any) -> Tensor:

@@ -103,8 +103,9 @@ class HSpaceDirections(Method):
         base = previous.base if isinstance(previous, cls) else previous
         if not isinstance(base, DDPM):
             raise BadCheckpoint(f"directions are found in a ddpm run, not in one of {type(previous).__name__}")
-        method = cls(type(config).model_validate({**config.model_dump(), "ddpm": base.config.model_dump(mode="json")}))
-        method.base.load_state_dict(base.state_dict())
+        method = cls(type(config).model_validate({**config.model_dump(), "ddpm": base.base_settings()}))
+        for mine, theirs in ((method.base.net, base.net), (method.base.average, base.average)):
+            mine.load_state_dict(theirs.state_dict())
         method.trained = True
         return method.to(base.device)
 
