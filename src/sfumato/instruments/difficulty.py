@@ -62,19 +62,18 @@ class Diffusion(Protocol):
 class Settings(Setup):
     """What the difficulty probe can be told."""
 
-    train_steps: int = Field(
-        0, ge=0, description="also train a new network on each part alone, for so many steps, and draw samples with it; 0: do not"
-    )
-    drawn: int | None = Field(
-        None, gt=1, description="samples drawn with each of these networks; None: what the time allows, 64 to 512"
-    )
-
     intervals: int = Field(10, gt=0, description="parts that the times are cut into")
     draws: int | None = Field(
         None, gt=0, description="noise levels of each sample in each part; None: what the time allows, at most 16"
     )
     estimator: Literal["gaussian", "exact"] = Field(
         "gaussian", description="what the data is taken for: a Gaussian of its moments, or its samples and nothing between them"
+    )
+    train_steps: int = Field(
+        0, ge=0, description="also train a new network on each part alone, for so many steps, and draw samples with it; 0: do not"
+    )
+    drawn: int | None = Field(
+        None, gt=1, description="samples drawn with each of these networks; None: what the time allows, 64 to 512"
     )
 
 
@@ -142,18 +141,19 @@ def measure(subject: Subject, settings: Settings, plan: Plan, *, progress: Progr
     if settings.train_steps and not progress.stopped:
         study = Cost(**plan.chosen["study"])
         experts = train_experts(subject, torch.cat(batches), study, progress=progress, generator=generator)
-        _add_study(findings, experts, study, sum(map(len, batches)))
+        conditional = getattr(subject.owner.config, "conditional", False)
+        _add_study(findings, experts, study, sum(map(len, batches)), conditional)
     return findings
 
 
-def _add_study(findings: Findings, found: dict[str, Any], study: Cost, samples: int) -> None:
+def _add_study(findings: Findings, found: dict[str, Any], study: Cost, samples: int, conditional: bool) -> None:
     """What the networks of one part tell, after the losses; nothing where it was stopped before."""
     if not found:
         return
     findings.numbers["trained alone"] = {name: value for name, value in found.items() if name != "pictures"}
     findings.sections[1:1] = expert_training.sections(found, study)
     findings.verdict = f"{findings.verdict} {expert_training.words(found, study)}".strip()
-    findings.notes += expert_training.notes(study, samples)
+    findings.notes += expert_training.notes(samples, conditional=conditional)
 
 
 def _diffusion(subject: Subject) -> Diffusion:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -88,9 +87,7 @@ class _Enough(Exception):
     """The steps to be timed were taken."""
 
 
-def cost(
-    subject: Subject, x: Tensor, intervals: int, steps: int, drawn: int | None, limit: float | None
-) -> Cost:  # fmt: skip
+def cost(subject: Subject, x: Tensor, intervals: int, steps: int, drawn: int | None, limit: float | None) -> Cost:
     """Time a training step and the first steps of a chain; `drawn` None: what the time allows.
 
     Raises:
@@ -118,9 +115,7 @@ def cost(
     return Cost(training, sample, drawn, size, intervals, steps, owner.trajectory_steps)
 
 
-def train_experts(
-    subject: Subject, x: Tensor, plan: Cost, *, progress: Progress, generator: torch.Generator
-) -> dict[str, Any]:  # fmt: skip
+def train_experts(subject: Subject, x: Tensor, plan: Cost, *, progress: Progress, generator: torch.Generator) -> dict[str, Any]:
     """Train the networks one after the other, and draw with each; what is finished when it is stopped stays.
 
     Args:
@@ -208,7 +203,7 @@ def _of_any_class(owner: ExpertTaker) -> ExpertTaker:
 
 def _train(
     subject: Subject, x: Tensor, span: tuple[int, int], steps: int, start: int = 0, progress: Progress | None = None
-) -> Expert:  # fmt: skip
+) -> Expert:
     """A network of the run's kind, new, trained at times `span[0]` to `span[1] - 1`; alike for every part but for these."""
     owner: Any = _taker(subject)
     device, size = subject.device, min(len(x), owner.config.batch_size)
@@ -306,8 +301,9 @@ def _excess(far: dict[str, float], trained: dict[str, float]) -> float:
     return sum(far[name] / max(trained[name], 1e-12) for name in trained)
 
 
-def notes(plan: Cost, samples: int) -> Sequence[str]:
+def notes(samples: int, *, conditional: bool) -> list[str]:
     """What to know of the study."""
-    return (
-        f"the networks of one part are trained on the {samples} samples that are looked at, with a constant rate and no average",
-    )
+    told = [
+        f"the networks of one part are trained on the {samples} samples that are looked at, with a constant rate and no average"
+    ]
+    return told + ["they are told no classes, and all samples are drawn without" for _ in range(conditional)]

@@ -108,9 +108,7 @@ def principal_variances(data: Tensor) -> tuple[Tensor, Tensor]:
     return variances, along
 
 
-def linear_denoising_loss(
-    variances: Tensor, schedule: Schedule, *, predict: str = "eps", sigma_data: float = 0.5
-) -> Tensor:  # fmt: skip
+def linear_denoising_loss(variances: Tensor, schedule: Schedule, *, predict: str = "eps", sigma_data: float = 0.5) -> Tensor:
     """Mean squared error of the best linear denoiser (Wiener's), which sees nothing of the data but mean and covariance.
 
     Args:

@@ -272,9 +272,7 @@ class _Dense(nn.Module):
 class _OnDigits(DenoisingCurriculum):
     """The method with a dense network in place of the U-Net; it tells how good its samples are while it trains."""
 
-    def __init__(
-        self, config: Any, net: nn.Module, judge: Callable[[Tensor], float] | None = None, draws: int = 0
-    ) -> None:  # fmt: skip
+    def __init__(self, config: Any, net: nn.Module, judge: Callable[[Tensor], float] | None = None, draws: int = 0) -> None:
         super().__init__(config)
         self.draws = draws
         self.net, self.average, self.judge = copy.deepcopy(net), EMA(net, decay=config.ema, warmup=True), judge
