@@ -106,3 +106,13 @@ def test_a_schedule_from_levels():
     for wrong in (levels.flip(0), torch.tensor([0.0, 1.0]), torch.ones(2, 2)):
         with pytest.raises(BadSetting, match="positive numbers that do not fall"):
             Schedule.from_sigmas(wrong)
+
+
+def test_scalings_are_those_of_diffusers():
+    from diffusers import EDMEulerScheduler
+
+    theirs, ours = EDMEulerScheduler(sigma_data=0.5), EDMPrecond(lambda x, c_noise: (3 * x).tanh() + c_noise[:, None])
+    x = drawn(4, 3)
+    for sigma in SIGMAS:
+        answer = ours.model(theirs.precondition_inputs(x, sigma), theirs.precondition_noise(sigma).expand(4))
+        torch.testing.assert_close(ours(x, sigma), theirs.precondition_outputs(x, answer, sigma), rtol=1e-6, atol=1e-9)
