@@ -266,6 +266,29 @@ def test_draw_a_class_by_name(sfumato, tmp_path, my_photos):
     assert "cat, dog" in done.err
 
 
+def test_a_pipeline_of_diffusers_is_drawn_with_and_goes_on_learning(sfumato, tmp_path, my_photos):
+    from diffusers import DDIMScheduler, DDPMPipeline
+
+    from sfumato.nn import small_unet
+
+    DDPMPipeline(small_unet(16, 3, width=8, mults=(1, 2)), DDIMScheduler()).save_pretrained(tmp_path / "pipe")
+    for name in ("a.npz", "b.npz"):
+        done = sfumato("sample", "diffusers:pipe", "-n", "2", "-o", name, "--steps", "2")
+        assert done.code == 0, done.err
+    first, again = (np.load(tmp_path / name)["x"] for name in ("a.npz", "b.npz"))
+    assert (first == again).all()
+    words = ("--data", "my_photos", "--device", "cpu", "--steps", "1", "--set", "batch_size=4", "--set", "ema=0")
+    done = sfumato("train", "ddpm", *words, "--init", "diffusers:pipe")
+    assert done.code == 0, done.err
+    assert f"--init diffusers:{tmp_path.resolve()}/pipe" in done.out
+    assert sfumato("sample", run_of(tmp_path, "ddpm"), "-n", "2", "-o", "b.npz", "--steps", "2").code == 0
+    gap = np.abs(np.load(tmp_path / "b.npz")["x"] - first)
+    assert 0 < gap.mean() < 0.2  # one step further
+    done = sfumato("sample", "diffusers:nowhere", "-n", "2", "-o", "c.npz")
+    assert done.code == 2
+    assert "model_index.json" in done.err
+
+
 def test_points_are_learned_drawn_and_probed(sfumato, tmp_path):
     np.savez(tmp_path / "line.npz", x=1 + np.arange(60).reshape(-1, 1) % 3)
     small = ("--set", "width=8", "--set", "times=20", "--set", "batch_size=16")

@@ -136,7 +136,7 @@ def train(
         list[str] | None, typer.Option("--set", help="NAME=VALUE, as `sfumato show SLUG` lists them; may be repeated.")
     ] = None,
     preset: Annotated[str, typer.Option("--preset", help="paper, small, or auto: small on a CPU.")] = "auto",
-    init: Annotated[Path | None, typer.Option("--init", help="Start from the weights of another run.")] = None,
+    init: Annotated[Path | None, typer.Option("--init", help="Start from the weights of another run, or diffusers:NAME.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Continue this run; nothing else needs to be given.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell time, memory and batch shapes; write nothing.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of weights, order, augmentation and noise.")] = 0,

@@ -19,7 +19,7 @@ from sfumato.cli.console import hint, say, tell_data
 from sfumato.data import Facts, open_data
 from sfumato.engine import Options, Run, Trainer, build, initialise, load, rebuild
 from sfumato.engine.checkpoint import peek
-from sfumato.engine.loading import parse_settings
+from sfumato.engine.loading import ELSEWHERE, parse_settings
 from sfumato.engine.rehearsal import rehearse
 from sfumato.errors import BadCheckpoint, BadSetting
 from sfumato.method import Method, capabilities, draws_points
@@ -55,7 +55,7 @@ def train(
         "data": absolute(where),
         "settings": method.config.model_dump(mode="json"),
         "minutes": minutes,
-        "init": None if init is None else str(init.resolve()),
+        "init": None if init is None else _absolute(init),
         "options": options,
         "classes": images.facts.classes and list(images.facts.classes),
         "threads": torch.get_num_threads(),
@@ -98,9 +98,16 @@ def resume(path: Path) -> Path | None:
         return work(run, method, images, config, main)
 
 
+def _absolute(init: Path) -> str:
+    """A run or file from anywhere; a name that is of no file here stays as it is."""
+    kind = next((k for k in ELSEWHERE if str(init).startswith(k)), "")
+    place = Path(str(init).removeprefix(kind))
+    return f"{kind}{place.resolve() if not kind or place.exists() else place}"
+
+
 def new_method(kind: type[Method], facts: Facts, init: Path | None, **build_options: Any) -> Method:
     """A method as it starts: fresh, from another run, or with a person's own weights in it."""
-    if init is None or init.is_dir() or peek(init):
+    if init is None or init.is_dir() or str(init).startswith(ELSEWHERE) or peek(init):
         return build(kind, facts, **build_options, previous=None if init is None else load(init))
     method = build(kind, facts, **build_options)
     initialise(method, init)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
+from sfumato.diffusion.pipelines import open_pipeline
 from sfumato.diffusion.posterior_sampling import sample_posterior, transpose
 from sfumato.diffusion.predictions import Model, as_denoiser
 from sfumato.diffusion.schedules import Schedule
@@ -87,7 +88,7 @@ class DiffusionPrior(nn.Module):
         """
         from diffusers import AutoencoderKL
 
-        pipeline = _pipeline(source) if isinstance(source, (str, Path)) else source
+        pipeline = open_pipeline(source) if isinstance(source, (str, Path)) else source
         unet = pipeline.unet.eval().requires_grad_(False)
         vae: Any = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
         other = vae is not None and not isinstance(vae, AutoencoderKL)
@@ -225,13 +226,3 @@ def _condition(pipeline: Any, cond: Tensor | None) -> Tensor | None:
     if cond is None and (attends or config.get("num_class_embeds") is not None):
         raise BadSetting("this U-Net needs a condition: give cond, the states it attends to or the number of a class")
     return cond
-
-
-def _pipeline(source: str | Path) -> Any:
-    from diffusers import DiffusionPipeline
-
-    try:
-        return DiffusionPipeline.from_pretrained(str(source), use_safetensors=True)
-    except Exception as error:  # a download can fail in any way
-        reason = " ".join(str(error).split())[:200]
-        raise BadCheckpoint(f"no pipeline of diffusers at {source} ({reason}): give a folder with model_index.json") from None

@@ -22,6 +22,8 @@ from sfumato.errors import BadCheckpoint, BadData, BadSetting, nearest
 from sfumato.method import Method
 
 C = TypeVar("C", bound=BaseModel)
+ELSEWHERE = ("hf:", "diffusers:")
+"""How the names of models begin that are no runs here: a run on the hub (`hf://`, a Path keeps one slash), a pipeline."""
 
 
 def build(
@@ -189,14 +191,22 @@ def load(source: str | Path, *, kind: type[Method] | None = None, device: str = 
     """A trained method, in eval mode.
 
     Args:
-        source: a run folder, a checkpoint file, or `hf://user/name` (a run folder on the Hugging Face hub).
+        source: a run folder, a checkpoint file, `hf://user/name` (a run folder on the Hugging Face hub), or `diffusers:NAME`
+            (a pipeline of diffusers, a folder or on the hub, whose U-Net draws pixels).
         kind: the class, for a method that is not in the catalogue.
         device: where to put it.
     """
-    if str(source).startswith("hf://"):
+    hub, pipeline = (str(source).removeprefix(kind) if str(source).startswith(kind) else None for kind in ELSEWHERE)
+    if pipeline is not None:
+        from sfumato import catalogue
+
+        base: Any = kind or catalogue.load_method("ddpm")
+        opened: Method = base.from_pipeline(pipeline).to(device).eval()
+        return opened
+    if hub is not None:
         from huggingface_hub import snapshot_download
 
-        source = snapshot_download(str(source)[5:], allow_patterns=["config.yaml", "checkpoints/*.safetensors"])
+        source = snapshot_download(hub.strip("/"), allow_patterns=["config.yaml", "checkpoints/*.safetensors"])
     path = Path(source)
     if path.is_dir():
         last = Run.open(path).last_checkpoint

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sfumato.engine.loading import load, read_weights
+from sfumato.engine.loading import ELSEWHERE, load, read_weights
 from sfumato.engine.randomness import key
 from sfumato.errors import BadCheckpoint, BadSetting, nearest
 
-ALLOWED = "timm:NAME, module:factory (importable from here), or a run folder"
+ALLOWED = "timm:NAME, module:factory (importable from here), a run folder, or diffusers:NAME (a pipeline)"
 """The kinds of model, in words for a person."""
 
 
@@ -65,7 +65,7 @@ def open_module(model: nn.Module | str | os.PathLike[str], seed: int = 0) -> nn.
     if word.startswith("timm:"):
         _check_timm(word.removeprefix("timm:"))
         return None
-    if word.startswith("hf://") or Path(word).exists():
+    if word.startswith(ELSEWHERE) or Path(word).exists():
         return load(word)
     if ":" not in word:
         import timm

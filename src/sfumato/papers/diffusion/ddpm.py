@@ -6,6 +6,9 @@ on pictures in [-1, 1]. Samples are drawn with the moving average of the weights
 it takes all times), or along the probability flow by Euler's or Heun's rule. Told how pictures were degraded it restores them
 too (`sfumato.diffusion.sample_posterior`), though it has never seen a degraded one.
 
+A pipeline of diffusers with a U-Net of pixels (`diffusers:FOLDER`, or its name on the hub) is such a model too: it draws, goes on
+learning from one's own pictures (`--init`), and is what the other papers of the family look into.
+
 With `conditional` the network is told the class of a picture, but not always, so that it knows both pictures of a class and
 pictures of any: samples are of the class in `label`, or of all in turn, and `guidance` leads away from pictures of any.
 
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -44,6 +48,7 @@ from sfumato.diffusion import (
     sample_heun,
     uniform_t,
 )
+from sfumato.diffusion.pipelines import facts_of_pipeline, open_pipeline, unet_of
 from sfumato.diffusion.samplers import Callback
 from sfumato.errors import BadData, BadSetting
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
@@ -109,7 +114,11 @@ class DDPM(PictureMethod):
         attn_at: tuple[int, ...] = Field((1,), description="levels with self-attention; 0: full resolution")
         layers: int = Field(2, gt=0, description="residual blocks a level")
         dropout: float = Field(0.1, ge=0, lt=1, description="dropout inside the residual blocks")
+        unet: dict[str, Any] | None = Field(
+            None, description="the network as diffusers' UNet2DModel describes it, in place of width to dropout"
+        )
         schedule: Literal["linear", "scaled_linear", "cosine"] = Field("linear", description="how the noise grows")
+        betas: tuple[float, float] | None = Field(None, description="first and last noise of a step; None: the customary ones")
         times: int = Field(1000, gt=1, description="noise levels (T)")
         predict: Literal["eps", "x0", "v"] = Field("eps", description="what the network predicts")
         lr: float = Field(2e-4, gt=0, description="Adam's learning rate")
@@ -153,12 +162,48 @@ class DDPM(PictureMethod):
         c = self.config
         if c.conditional and c.classes is None:
             raise BadSetting("classes is not set, and there is no labelled data to count them in: say classes=10")
-        self.schedule = Schedule(beta_schedule(c.schedule, c.times))
-        self.net = small_unet(
-            self.shape[1], self.shape[0], width=c.width, mults=c.mults, attn_at=c.attn_at, layers=c.layers, dropout=c.dropout,
-            classes=c.classes if c.conditional else None, null_class=c.conditional,
-        )  # fmt: skip
+        self.schedule = Schedule(beta_schedule(c.schedule, c.times, *(c.betas or ())))
+        self.net: Any = self._network()
         self.average = EMA(self.net, decay=c.ema, warmup=True)
+
+    def _network(self) -> nn.Module:
+        c = self.config
+        if c.unet is None:
+            return small_unet(
+                self.shape[1], self.shape[0], width=c.width, mults=c.mults, attn_at=c.attn_at, layers=c.layers,
+                dropout=c.dropout, classes=c.classes if c.conditional else None, null_class=c.conditional,
+            )  # fmt: skip
+        if c.conditional:
+            raise BadSetting("a network of your own knows no classes here: leave out unet or conditional")
+        return unet_of(c.unet)
+
+    @classmethod
+    def from_pipeline(cls, source: Any) -> Self:
+        """The model of a pipeline of diffusers, ready to draw or to go on learning.
+
+        Args:
+            source: a folder with its weights (safetensors), the name of one on the hub (then diffusers downloads it), or a loaded
+                pipeline: anything with `.unet` (a UNet2DModel of pixels, without classes) and `.scheduler`.
+
+        Raises:
+            BadCheckpoint: no pipeline there, or one that is not of this kind.
+        """
+        pipeline = open_pipeline(source) if isinstance(source, (str, Path)) else source
+        method = cls(cls.Config.model_validate(facts_of_pipeline(pipeline)))
+        for net in (method.net, method.average.module):
+            net.load_state_dict(pipeline.unet.state_dict())
+        return method
+
+    @classmethod
+    def init_from(cls, config: Any, previous: Method) -> Self:
+        """Go on from another run; from a pipeline's model with its network, its noise and its size of pictures."""
+        if isinstance(previous, DDPM) and previous.config.unet is not None:
+            kept = ("unet", "schedule", "times", "betas", "predict", "channels", "image_size")
+            same = {name: getattr(previous.config, name) for name in kept}
+            if config.channels not in (None, same["channels"]):
+                raise BadData(f"the pictures have {config.channels} channels, and the model takes {same['channels']}")
+            config = type(config).model_validate({**config.model_dump(), **same, "crop": True})
+        return super().init_from(config, previous)
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
         """The error of the prediction at one random time a picture.
@@ -286,7 +331,12 @@ class DDPM(PictureMethod):
     @property
     def stride(self) -> int:
         """Sides that the network takes are multiples of this, in pixels."""
-        return int(2 ** (len(self.config.mults) - 1))
+        return int(2 ** (len(self.net.config.block_out_channels) - 1))
+
+    @property
+    def bottleneck(self) -> tuple[int, int, int]:
+        """Channels, height and width of the middle of the network."""
+        return (self.net.config.block_out_channels[-1], *(side // self.stride for side in self.shape[1:]))
 
     def restore(self, inputs: Tensor, physics: Any = None, **settings: Any) -> Tensor:
         """Pictures that explain degraded ones, any height and width.
