@@ -271,7 +271,8 @@ class TrajectorySampler(Protocol):
 class Editor(Protocol):
     """Moves pictures `[B, C, H, W]` in [0, 1] (None: `n` new ones) along a direction: `[B, len(strengths), C, H, W]`.
 
-    `kind` says what sort of direction, `mask` (broadcastable to a picture) where it is to act, in methods that have several.
+    `kind` says what sort of direction, `mask` (broadcastable to a picture) where it is to act, in methods that have several;
+    `without` names what is to stay as it is.
     """
 
     @property
@@ -286,6 +287,7 @@ class Editor(Protocol):
         images: Tensor | None = None,
         n: int = 1,
         mask: Tensor | None = None,
+        without: Sequence[str] = (),
         generator: torch.Generator | None = None,
     ) -> Tensor: ...
 

@@ -163,6 +163,11 @@ class DDPM(PictureMethod):
         """Adam, as in the paper."""
         return {"net": torch.optim.Adam(self.net.parameters(), self.config.lr)}
 
+    @property
+    def base_settings(self) -> dict[str, Any]:
+        """What builds a plain DDPM of the same network, from a subclass with more settings too; as JSON has it."""
+        return dict(self.config.model_dump(mode="json", include=set(DDPM.Config.model_fields)))
+
     def denoise(self, y: Tensor, sigma: float) -> Tensor:
         """The clean pictures of `y = x + sigma z`, by the averaged weights at the time whose noise is nearest; not clamped."""
         level = torch.as_tensor(2 * sigma, device=y.device)  # pictures in [-1, 1] are twice as wide

@@ -40,7 +40,15 @@ from sfumato.diffusion.samplers import ddim_times
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.papers.diffusion.ddpm import DDPM
-from sfumato.probes import StreamingPCA, align_signs, attribute_direction, jacobian_directions, pca_directions, train_judge
+from sfumato.probes import (
+    StreamingPCA,
+    align_signs,
+    attribute_direction,
+    jacobian_directions,
+    pca_directions,
+    project_out,
+    train_judge,
+)
 
 Start = tuple[Tensor, Tensor | None]
 """x_T `[B, C, H, W]` and, with noise while sampling, that of every step `[S, B, C, H, W]`."""
@@ -103,8 +111,9 @@ class HSpaceDirections(Method):
         base = previous.base if isinstance(previous, cls) else previous
         if not isinstance(base, DDPM):
             raise BadCheckpoint(f"directions are found in a ddpm run, not in one of {type(previous).__name__}")
-        method = cls(type(config).model_validate({**config.model_dump(), "ddpm": base.config.model_dump(mode="json")}))
-        method.base.load_state_dict(base.state_dict())
+        method = cls(type(config).model_validate({**config.model_dump(), "ddpm": base.base_settings}))
+        method.base.net.load_state_dict(base.net.state_dict())
+        method.base.average.load_state_dict(base.average.state_dict())
         method.trained = True
         return method.to(base.device)
 
@@ -141,8 +150,14 @@ class HSpaceDirections(Method):
         self.class_counts += ctx.sum(self._counts)
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
-        """The share of the variance of fresh pictures that the directions do not explain; 1 before there are any."""
+        """The share of the variance of fresh pictures that the directions do not explain; 1 before there are any.
+
+        Raises:
+            BadData: labels of more classes than were set.
+        """
         if len(self.class_counts) and batch.label is not None:
+            if int(batch.label.max()) >= len(self.class_counts):
+                raise BadData(f"class {int(batch.label.max())} is not below classes={len(self.class_counts)}: leave classes out")
             _, hs = record_h(self.net, self.sampler, self.invert(batch.x, ctx.generator))
             self._sums.index_add_(0, batch.label, hs.to(self._sums))
             self._counts.index_add_(0, batch.label, torch.ones_like(batch.label, dtype=self._counts.dtype))
@@ -193,7 +208,9 @@ class HSpaceDirections(Method):
         out: Tensor = self.net(x, t).sample
         return out
 
-    def direction(self, kind: str, name: str, start: Start, *, mask: Tensor | None = None) -> Tensor:
+    def direction(
+        self, kind: str, name: str, start: Start, *, mask: Tensor | None = None, without: Sequence[str] = ()
+    ) -> Tensor:
         """A direction by its name, one unit long.
 
         Args:
@@ -203,13 +220,25 @@ class HSpaceDirections(Method):
                 others) or `A:B` (towards A, away from B).
             start: the pictures that are to be edited.
             mask: for "jacobian", broadcastable to a picture: where it is to change.
+            without: attributes, named as for that kind, that are to stay as they are: the direction is made orthogonal to all of
+                them, over all steps together.
 
         Returns:
             `[S, C', h, w]`, or for "jacobian" `[B, S, C', h, w]`.
 
         Raises:
-            BadSetting: an unknown kind, or a direction that was not found.
+            BadSetting: an unknown kind, a direction that was not found, or one that lies within those it is to leave alone.
         """
+        delta = self._found(kind, name, start, mask)
+        if not without:
+            return delta
+        others = torch.stack([self._between_classes(other) for other in without])
+        kept = torch.stack([project_out(each, others) for each in delta]) if delta.ndim == 5 else project_out(delta, others)
+        if kept.norm() <= NOTHING * delta.norm():
+            raise BadSetting(f"nothing is left of direction {name!r} without {', '.join(without)}: name fewer attributes")
+        return kept
+
+    def _found(self, kind: str, name: str, start: Start, mask: Tensor | None) -> Tensor:
         if kind not in KINDS:
             raise BadSetting(f"there is no kind {kind!r} of direction: use {', '.join(KINDS)}")
         if mask is not None and kind != "jacobian":
@@ -264,12 +293,13 @@ class HSpaceDirections(Method):
         images: Tensor | None = None,
         n: int = 1,
         mask: Tensor | None = None,
+        without: Sequence[str] = (),
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Move pictures along a direction.
 
         Args:
-            direction, kind, mask: see `direction`.
+            direction, kind, mask, without: see `direction`.
             strengths: how far, in units of the direction, one a column; 0: not at all.
             images: pictures to edit, `[B, C, H, W]` in [0, 1]; None: `n` new ones.
             n: how many new ones.
@@ -279,7 +309,7 @@ class HSpaceDirections(Method):
             `[B, len(strengths), C, H, W]` in [0, 1].
         """
         start = self.start(n, generator) if images is None else self.invert(images.to(self.device), generator)
-        delta = self.direction(kind, direction, start, mask=mask)
+        delta = self.direction(kind, direction, start, mask=mask, without=without)
         columns = [
             edit_h(self.net, self.sampler, start, delta, scale=float(s), asymmetric=self.config.asymmetric, batch_size=BATCH)
             for s in strengths
@@ -312,6 +342,9 @@ CORRECTIONS = 3
 
 BATCH = 64
 """Pictures drawn at once while editing."""
+
+NOTHING = 1e-4
+"""Share of a direction's length below which what a projection leaves of it is rounding."""
 
 # The claim
 

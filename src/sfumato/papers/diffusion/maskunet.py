@@ -96,7 +96,7 @@ class MaskUNet(Method):
         """Mask the model of a DDPM run, or go on with the masks of another run of this kind."""
         if not isinstance(previous, (cls, DDPM)):
             raise BadCheckpoint(f"masks are learned for a ddpm run, not for one of {type(previous).__name__}")
-        ddpm = previous.config.ddpm if isinstance(previous, cls) else previous.config.model_dump(mode="json")
+        ddpm = previous.config.ddpm if isinstance(previous, cls) else previous.base_settings
         method = cls(type(config).model_validate({**config.model_dump(), "ddpm": ddpm}))
         if isinstance(previous, DDPM):
             method.masked.unet.load_state_dict(previous.average.module.state_dict())

@@ -113,7 +113,7 @@ class TiUE(Method):
         base = previous.base if isinstance(previous, cls) else previous
         if not isinstance(base, DDPM):
             raise BadCheckpoint(f"a student is distilled from a ddpm run, not from one of {type(previous).__name__}")
-        known = previous.config.ddpm if isinstance(previous, cls) else base.config.model_dump(mode="json")
+        known = previous.config.ddpm if isinstance(previous, cls) else base.base_settings
         method = cls(type(config).model_validate({**config.model_dump(), "ddpm": known}))
         teacher = previous.teacher if isinstance(previous, cls) else base.average.module
         method.teacher.load_state_dict(teacher.state_dict())
