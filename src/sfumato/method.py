@@ -138,6 +138,8 @@ class Method(nn.Module):
     """The `Batch` fields that the losses read (`"x"`, `"label"`, `"target"`)."""
     needs_physics: ClassVar[bool] = False
     """Whether `restore` must be told what degraded the pictures, as nothing was learned of it."""
+    takes_physics: ClassVar[bool] = False
+    """Whether it may be told: with physics it restores in another way than without."""
 
     def __init__(self, config: Any = None) -> None:
         super().__init__()

@@ -56,3 +56,4 @@ from .trajectory import parse_window as parse_window
 from .trajectory import sample_filtered as sample_filtered
 from .tweedie import posterior_cov_trace as posterior_cov_trace
 from .tweedie import posterior_mean as posterior_mean
+from .wiener_filter import wiener_filter as wiener_filter

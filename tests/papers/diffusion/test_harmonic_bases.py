@@ -140,12 +140,14 @@ def test_it_solves_what_was_measured(trained):
 
 
 def test_deepinvs_inpainting_is_solved_and_what_is_not_orthonormal_refused(trained):
-    from deepinv.physics import Blur, Inpainting
+    from deepinv.physics import Blur, Denoising, GaussianNoise, Inpainting
 
     mask = (torch.rand(1, 8, 8, generator=_g()) > 0.4).float()
     physics = Inpainting((1, 8, 8), mask=mask)
     solved = trained.restore(physics.A(X[:4]), physics)
     assert ((solved - X[:4]).abs() * mask).mean() < 0.06
+    with pytest.raises(BadSetting, match="GaussianNoise: .* noise alone needs no physics"):
+        trained.restore(X[:2], Denoising(GaussianNoise(0.1)))
     with pytest.raises(BadSetting, match="Blur has no orthonormal rows"):
         trained.restore(X[:2], Blur(torch.ones(1, 1, 3, 3) / 9, padding="circular"))
 

@@ -23,7 +23,7 @@ True
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -45,6 +45,8 @@ EVALUATED = (0.1, 0.3)
 
 class BlindDenoiser(Method):
     """Kadkhodaie et al. 2023. Trains on clean pictures; removes noise of any level, draws pictures, solves linear problems."""
+
+    takes_physics: ClassVar[bool] = True
 
     class Config(MethodConfig):
         """Defaults: the paper's, for faces of 80 x 80 grey pixels."""
@@ -170,19 +172,22 @@ class BlindDenoiser(Method):
 
         Args:
             inputs: noisy pictures `[B, C, H, W]`, any height and width; or what `physics` measured.
-            physics: linear, with `.A` and `.A_adjoint` such as deepinv's, and orthonormal rows: `Inpainting`, `Downsampling`
-                without a filter, `sfumato.physics.BlockMean`, `FrequencyMask`.
+            physics: linear, with `.A` and `.A_adjoint` such as deepinv's, without noise and of orthonormal rows: `Inpainting`,
+                `Downsampling` without a filter, `sfumato.physics.BlockMean`, `FrequencyMask`.
             generator: source of the draws of a solution; None: seed 0.
 
         Returns:
             `[B, C, H, W]` in [0, 1].
 
         Raises:
-            BadSetting: physics whose rows are not orthonormal.
+            BadSetting: physics whose rows are not orthonormal, or with noise.
         """
         if physics is None:
             overlap = -(-self.reach // self.stride) * self.stride
             return tiled_apply(self.denoise, inputs, tile=max(512, 4 * overlap), overlap=overlap).clamp(0, 1)
+        noise = type(getattr(physics, "noise_model", None)).__name__
+        if noise not in ("NoneType", "ZeroNoise"):
+            raise BadSetting(f"{noise}: this solver meets a measurement exactly, its noise too; noise alone needs no physics")
         back = physics.A_adjoint(inputs)
         if not torch.allclose(physics.A_adjoint(physics.A(back)), back, atol=1e-4):
             raise BadSetting(f"{type(physics).__name__} has no orthonormal rows (A Aᵀ = I), which this solver takes: scale it")
