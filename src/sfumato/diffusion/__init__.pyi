@@ -8,6 +8,7 @@ from .distillation import vsd_loss as vsd_loss
 from .finite import FiniteTrajectory as FiniteTrajectory
 from .hspace import edit_h as edit_h
 from .hspace import h_function as h_function
+from .hspace import input_at as input_at
 from .hspace import record_h as record_h
 from .inversion import ddim_invert as ddim_invert
 from .inversion import ddpm_invert as ddpm_invert

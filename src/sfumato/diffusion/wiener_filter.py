@@ -5,8 +5,8 @@
 One basis for all pictures: what a network gains over it, it owes to a basis, or a rule, of each picture's own. A network that
 stays below it has not been trained enough.
 
-Source: Wiener, "Extrapolation, Interpolation, and Smoothing of Stationary Time Series", 1949; as the fixed basis that adaptive ones
-are compared with: Kadkhodaie, Guth, Simoncelli, Mallat, ICLR 2024.
+Source: Wiener, "Extrapolation, Interpolation, and Smoothing of Stationary Time Series", 1949; as the fixed basis beside adaptive
+ones: Kadkhodaie, Guth, Simoncelli, Mallat, ICLR 2024.
 
 >>> import torch
 >>> from sfumato.diffusion import wiener_filter

@@ -146,7 +146,7 @@ def test_deepinvs_inpainting_is_solved_and_what_is_not_orthonormal_refused(train
     physics = Inpainting((1, 8, 8), mask=mask)
     solved = trained.restore(physics.A(X[:4]), physics)
     assert ((solved - X[:4]).abs() * mask).mean() < 0.06
-    with pytest.raises(BadSetting, match="GaussianNoise: .* noise alone needs no physics"):
+    with pytest.raises(BadSetting, match=r"GaussianNoise: .* noise alone needs no physics"):
         trained.restore(X[:2], Denoising(GaussianNoise(0.1)))
     with pytest.raises(BadSetting, match="Blur has no orthonormal rows"):
         trained.restore(X[:2], Blur(torch.ones(1, 1, 3, 3) / 9, padding="circular"))
@@ -172,7 +172,9 @@ def test_claim_shrunk():
     """Every figure is there, what is exact holds, and a run this short reproduces nothing."""
     lab = Lab(0, budget=0.01)
     figures = one_function.run(lab)
-    assert set(figures) == {"limit", "4 pictures", "4,000 pictures"}
+    assert set(figures) == {"limit", "Wiener filter", "new pictures", "4 pictures", "4,000 pictures"}
+    assert figures["Wiener filter"]["PSNR (dB)"] > -20 * torch.tensor(0.3).log10().item() + 5  # of the noise
+    assert figures["new pictures"]["closest-training correlation"] < 0.95  # no near doubles
     for arm in ("4 pictures", "4,000 pictures"):
         assert figures[arm]["homogeneity error"] < 1e-4
         assert 0 < figures[arm]["symmetric share"] <= 1
