@@ -18,6 +18,8 @@ from sfumato.papers.diffusion.denoising_curriculum import (
     low_noise_is_hard,
     task_difficulty,
 )
+from sfumato.papers.diffusion.maskunet import MaskUNet
+from sfumato.papers.diffusion.time_independent_encoder import TiUE
 
 PICTURES = digits()[0].x[:128]
 
@@ -188,6 +190,17 @@ def test_steps_until_the_loss_stays_low():
     assert found.steps_to(0.01).tolist() == [40, 20]
     with pytest.raises(BadSetting, match="clusters of 1000"):
         task_difficulty(torch.nn.Identity(), losses, Schedule(beta_schedule("linear")), intervals=2000)
+
+
+@pytest.mark.parametrize("kind", [MaskUNet, TiUE])
+def test_what_starts_from_a_ddpm_run_starts_from_its_runs_too(kind):
+    """They take the network, and leave the settings of the curriculum behind."""
+    previous = small(attn_at=(1,))  # masks lie on attention's layers
+    method = kind.init_from(kind.Config.small(), previous)
+    assert method.config.ddpm == previous.base_settings
+    assert DDPM(DDPM.Config.model_validate(method.config.ddpm)).config.width == 8
+    assert "clusters" not in method.config.ddpm
+    assert any(torch.equal(p, previous.average.module.conv_in.weight) for p in method.parameters())
 
 
 # The claims
