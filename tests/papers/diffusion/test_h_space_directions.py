@@ -53,6 +53,8 @@ def test_the_components_are_those_of_the_pictures_that_it_drew(ddpm, labelled, p
     method.pca.update = lambda hs: (drawn.append(hs), update(hs))[1]
     method = fit(method, labelled.x, progress=False)
     assert [len(hs) for hs in drawn] == [8, 8, 8]
+    edited = record_h(method.net, method.sampler, method.start(8, _seeded()))[1]
+    assert not torch.allclose(drawn[0], edited, atol=1e-2)  # an edit's seed draws others
     exact = pca_directions(torch.cat(drawn), 5, per_step=per_step)
     assert torch.allclose(method.stds, exact.stds.view(5, -1), rtol=1e-3)
     inner = (method.vectors * exact.vectors).flatten(1).sum(1) / (4 if per_step else 1)
