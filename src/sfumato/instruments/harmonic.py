@@ -289,7 +289,10 @@ def _words(means: Mapping[str, float], n: int, sigma: float) -> str:
     rank, share, left = means["effective_rank"], means["symmetric_share"], math.sqrt(means["error"])
     words = [f"Of the {n:,} dimensions of a picture about {rank:,.4g} are kept ({means['effective_share']:.1%})."]
     if left >= sigma:
-        words.append(f"It is no denoiser here: it leaves {left:.3g} where noise of {sigma:g} was added; train it longer.")
+        words.append(
+            f"It is no denoiser here: it leaves {left:.3g} where noise of {sigma:g} was added, as is found where it was trained "
+            "little, or on other pictures."
+        )
     if share >= SYMMETRIC:
         words.append(f"It shrinks in a basis of its own at every picture: {share:.0%} of its Jacobian is symmetric.")
     else:
