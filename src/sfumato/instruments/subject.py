@@ -241,7 +241,7 @@ def _of_method(method: Method, name: str, data: Any, setup: Setup, seed: int) ->
     memory, device = memory_for(setup, method.device), method.device
     facts = {"model": f"{title} run", "run": name, "data": str(images)}
     size = getattr(method, "size", (setup.image_size or getattr(method.config, "image_size", None) or 224,) * 2)
-    whole_pictures = None if images.facts.size else crop_to(size)
+    whole_pictures = crop_to(size) if images.items.sizes() and not images.facts.size else None
     common: dict[str, Any] = {
         "device": device,
         "memory": memory,
