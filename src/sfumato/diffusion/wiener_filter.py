@@ -29,7 +29,7 @@ def wiener_filter(train: Tensor) -> Callable[[Tensor, float | Tensor], Tensor]:
     """The denoiser of a Gaussian with the mean and covariance of a set.
 
     Args:
-        train: `[N, ...]` of n numbers each, N at least 2; takes an n × n matrix, or N × N where there are fewer pictures.
+        train: `[N, ...]` of n numbers each, N at least 2; costs a singular value decomposition of `[N, n]`.
 
     Returns:
         `D(y, sigma)`: y `[B, ...]`, noise of deviation sigma > 0 (a scalar or `[B]`); gives the clean pictures, `[B, ...]`.
