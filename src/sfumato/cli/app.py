@@ -244,7 +244,7 @@ def sample(
         "sfumato edit runs/h-space-directions/STAMP --direction 2 --strength -4,0,4 --image photo.png -o strip.png",
         "sfumato edit runs/ddpm/STAMP --kind jacobian --mask mouth.png --seed 3 -o strip.png",
         "sfumato edit runs/h-space-directions/STAMP --kind attribute --direction smiling:neutral -o strip.png",
-        "sfumato edit runs/h-space-directions/STAMP --kind attribute --direction smiling:neutral --without old:young -o strip.png",
+        "sfumato edit runs/h-space-directions/STAMP --kind attribute --direction smiling:neutral --without old:young -o s.png",
     ),
 )
 def edit(
