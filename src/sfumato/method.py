@@ -138,6 +138,8 @@ class Method(nn.Module):
     """The `Batch` fields that the losses read (`"x"`, `"label"`, `"target"`)."""
     needs_physics: ClassVar[bool] = False
     """Whether `restore` must be told what degraded the pictures, as nothing was learned of it."""
+    takes_physics: ClassVar[bool] = False
+    """Whether it may be told: with physics it restores in another way than without."""
 
     def __init__(self, config: Any = None) -> None:
         super().__init__()
@@ -271,7 +273,8 @@ class TrajectorySampler(Protocol):
 class Editor(Protocol):
     """Moves pictures `[B, C, H, W]` in [0, 1] (None: `n` new ones) along a direction: `[B, len(strengths), C, H, W]`.
 
-    `kind` says what sort of direction, `mask` (broadcastable to a picture) where it is to act, in methods that have several.
+    `kind` says what sort of direction, `mask` (broadcastable to a picture) where it is to act, in methods that have several;
+    `without` names what is to stay as it is.
     """
 
     @property
@@ -286,6 +289,7 @@ class Editor(Protocol):
         images: Tensor | None = None,
         n: int = 1,
         mask: Tensor | None = None,
+        without: Sequence[str] = (),
         generator: torch.Generator | None = None,
     ) -> Tensor: ...
 

@@ -108,6 +108,27 @@ def test_a_pipeline_of_diffusers_restores(sfumato, tmp_path, inputs):
     assert pixels(tmp_path / "out" / "photo.png").shape == (17, 22, 3)
 
 
+def test_a_blind_denoiser_fills_in_what_is_missing(sfumato, tmp_path, inputs):
+    """It needs no physics for noise, and takes one whose rows are orthonormal."""
+    tiny = [f"--set={pair}" for pair in ("width=8", "levels=1", "image_size=8", "batch_size=8", "h0=0.2", "sample_steps=60")]
+    assert sfumato("train", "harmonic-bases", "--data", "grey.png", "--device", "cpu", "--steps", "200", *tiny).code == 0
+    run = next((tmp_path / "runs" / "harmonic-bases").iterdir())
+    words = ["apply", run, "photo.png", "grey.png", "--physics", "inpaint:mask.png"]
+    assert sfumato(*words, "-o", "a").code == 0
+    done = sfumato(*words, "-o", "b", "--set", "seed=1")
+    assert done.code == 0, done.err
+    assert "photo.png" in (tmp_path / "b" / "before-after.html").read_text()
+    known = pixels(tmp_path / "mask.png") == 0
+    first, second = pixels(tmp_path / "a" / "grey.png").astype(int), pixels(tmp_path / "b" / "grey.png")
+    given = pixels(tmp_path / "grey.png")
+    assert np.abs(first - given)[known].mean() < 0.5 * np.abs(first - given)[~known].mean()
+    assert not np.array_equal(first, second)
+    assert pixels(tmp_path / "a" / "photo.png").shape == (17, 22, 3)
+    refused(sfumato("apply", run, "photo.png", "-o", "out", "--physics", "blur"), "no orthonormal rows")
+    refused(sfumato("apply", run, "photo.png", "-o", "out", "--physics", "noise:0.1"), "noise alone needs no physics")
+    refused(sfumato(*words, "-o", "out", "--set", "solver=dps"), "solver")
+
+
 def test_a_run_that_learned_its_degradation_takes_no_physics(sfumato, tmp_path, inputs):
     Image.fromarray(photos("test")[0].permute(1, 2, 0).numpy()[:64, :64]).save(tmp_path / "noisy.png")
     words = [*("--set", "width=4"), *("--set", "modules=1"), *("--set", "patch=30")]

@@ -82,6 +82,17 @@ def test_attributes_by_the_names_of_the_classes(sfumato, runs):
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
 
 
+def test_a_direction_without_an_attribute(sfumato, runs):
+    words = ["edit", runs[1], "--direction", "0", "--strength", "0,9"]
+    done = sfumato(*words, "--without", "bright:dark", "-o", "a.png")
+    assert done.code == 0, done.err
+    assert "pca 0 without bright:dark, 0, 9" in done.out
+    assert sfumato(*words, "-o", "b.png").code == 0
+    a, b = pixels("a.png"), pixels("b.png")
+    assert np.array_equal(a[:, :8], b[:, :8])
+    assert not np.array_equal(a, b)
+
+
 def test_singular_vectors_with_a_mask(sfumato, runs, tmp_path):
     half = np.zeros((8, 8), np.uint8)
     half[:4] = 255
@@ -102,7 +113,9 @@ def test_what_is_refused_in_one_line(sfumato, runs, tmp_path):
         ([found, "--strength", "a,b"], "-3,0,3"),
         ([found, "--strength", "1,nan"], "-3,0,3"),
         ([found, "--kind", "clip"], "pca, jacobian, attribute"),
-        ([found, "--kind", "attribute", "--direction", "bright:blue"], "bright:blue".replace("bright", "0")),
+        ([found, "--kind", "attribute", "--direction", "bright:blue"], "no class 'blue' in 'bright:blue': bright, dark"),
+        ([found, "--without", "blue"], "no class 'blue'"),
+        ([found, "--kind", "attribute", "--direction", "dark:bright", "--without", "bright:dark"], "nothing is left"),
         ([ddpm, "--kind", "attribute"], "labelled pictures"),
         ([found, "-n", "0"], "at least 1"),
         ([ddpm, "--samples", "1"], "at least 1 and 2"),
@@ -122,6 +135,13 @@ def test_what_is_refused_in_one_line(sfumato, runs, tmp_path):
         done = sfumato("train", "h-space-directions", "--data", "sample:digits", "--device", "cpu", *words)
         assert done.code == 2
         assert "--init runs/ddpm/STAMP" in done.err
+
+
+def test_classes_are_counted_before_they_are_summed(sfumato, runs, tmp_path):
+    words = ["--data", "sample:digits", "--init", runs[0], "--device", "cpu", "--steps", "1", "--set", "sample_steps=2"]
+    done = sfumato("train", "h-space-directions", *words, "--set", "classes=3")
+    assert done.code == 2
+    assert "is not below classes=3" in done.err
 
 
 def test_a_run_that_cannot_be_edited(sfumato, tmp_path):

@@ -10,6 +10,7 @@ from sfumato.diffusion import (
     edit_h,
     edm_sigmas,
     h_function,
+    input_at,
     record_h,
     sample_ddim,
     sample_heun,
@@ -163,6 +164,18 @@ def test_the_output_as_a_function_of_the_bottleneck(net, x):
     (grad,) = torch.autograd.grad(f(moved).sum(), moved)
     assert grad.abs().max() > 0
     net.train()
+
+
+def test_what_the_network_is_given_at_a_step(net, x):
+    noise, seen = torch.randn(4, 5, 1, 8, 8, generator=_seeded(2)), []
+    sampler = partial(DDIM, eta=1.0)
+    record_h(net, partial(sampler, callback=seen.append), (x, noise))
+    for step, time in ((0, 750), (2, 250)):
+        x_t, t = input_at(net, sampler, (x, noise), step)
+        assert torch.equal(x_t, seen[step].x_t)
+        assert t.tolist() == [time] * 5
+    with pytest.raises(BadSetting, match="step=4: the sampler calls the network 4 times"):
+        input_at(net, DDIM, x, 4)
 
 
 def test_bad_directions_are_refused(net, x, delta):

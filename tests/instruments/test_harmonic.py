@@ -58,6 +58,21 @@ def test_a_shrinkage_has_the_basis_that_it_was_made_of(method, tmp_path):
     assert found.as_json()["numbers"]["pictures"][0]["values"]
 
 
+def test_what_makes_pictures_worse_is_told():
+    assert "leaves" not in sfumato.probe("harmonic", Shrink(torch.full((16,), 0.9)), SMALL, sigma=0.3).verdict
+    found = sfumato.probe("harmonic", Shrink(torch.full((16,), 0.9), constant=0.3), SMALL, sigma=0.1)
+    assert "leaves 0.2" in found.verdict
+    assert "where noise of 0.1 was added" in found.verdict
+
+
+def test_pictures_of_unlike_sizes_are_brought_to_that_of_a_run(tmp_path):
+    from PIL import Image
+
+    for i, side in enumerate((20, 30)):
+        Image.new("L", (side, 24), 90 * i).save(tmp_path / f"{i}.png")
+    assert Probe("harmonic", _blind(), str(tmp_path)).plan.chosen["numbers"] == 64  # it was trained on whole pictures
+
+
 def test_what_is_no_shrinkage_is_told():
     class Turned(nn.Module):
         def __init__(self):
@@ -95,6 +110,7 @@ def test_of_a_run_it_is_the_basis_of_its_denoiser():
     assert len(one["values"]) == 64
     again = sfumato.probe("harmonic", method, X, samples=1, seed=3).numbers["pictures"][0]
     assert again == one
+    assert Probe("harmonic", method, X).plan.chosen["eigenvectors"] == 64
     few = sfumato.probe("harmonic", method, X, samples=1, seed=3, method="lanczos", vectors=3).numbers["pictures"][0]
     assert few["values"] == pytest.approx(one["values"][:3], abs=1e-3)
 

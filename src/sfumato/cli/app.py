@@ -249,6 +249,7 @@ def sample(
         "sfumato edit runs/h-space-directions/STAMP --direction 2 --strength -4,0,4 --image photo.png -o strip.png",
         "sfumato edit runs/ddpm/STAMP --kind jacobian --mask mouth.png --seed 3 -o strip.png",
         "sfumato edit runs/h-space-directions/STAMP --kind attribute --direction smiling:neutral -o strip.png",
+        "sfumato edit runs/h-space-directions/STAMP --kind attribute --direction smiling:neutral --without old:young -o s.png",
     ),
 )
 def edit(
@@ -259,6 +260,9 @@ def edit(
     kind: Annotated[str, typer.Option("--kind", help="pca, jacobian (of each picture) or attribute (of classes).")] = "pca",
     image: Annotated[Path | None, typer.Option("--image", help="A picture to edit instead of new ones.")] = None,
     mask: Annotated[Path | None, typer.Option("--mask", help="For jacobian: a picture, white where it is to change.")] = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", help="A or A:B, an attribute that is to stay as it is; again for another.")
+    ] = None,
     count: Annotated[int, typer.Option("--count", "-n", help="Rows: how many new pictures.")] = 1,
     samples: Annotated[int, typer.Option("--samples", help="For a ddpm run: pictures to find components in.")] = 512,
     seed: Annotated[int, typer.Option("--seed", help="Of the noise that pictures are drawn from.")] = 0,
@@ -267,7 +271,10 @@ def edit(
     """Move pictures along a direction in the bottleneck of a trained diffusion model."""
     from sfumato.cli import edit as work
 
-    work.edit(run, out, direction, strength, kind, image=image, mask=mask, count=count, samples=samples, seed=seed, device=device)
+    work.edit(
+        run, out, direction, strength, kind, image=image, mask=mask, without=without or [], count=count, samples=samples,
+        seed=seed, device=device,
+    )  # fmt: skip
 
 
 @app.command(

@@ -28,7 +28,8 @@ def apply(
     wanted = BY_SUFFIX.get(out.suffix)
     applicable = [v for v in can if v in APPLICABLE or v in WITHOUT_PICTURES]
     verb = verb or (wanted if wanted in can else next(iter(applicable), next(iter(can), None)))
-    if verb == "restore" and "restore" in can and method.needs_physics:
+    told = physics is not None and getattr(method, "takes_physics", False)
+    if verb == "restore" and "restore" in can and (method.needs_physics or told):
         from sfumato.cli.restoration import restore_told
 
         return restore_told(method, Pictures(inputs), out, run, physics=physics, settings=settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def edit(
     *,
     image: Path | None,
     mask: Path | None,
+    without: Sequence[str],
     count: int,
     samples: int,
     seed: int,
@@ -54,19 +56,22 @@ def edit(
     loaded = load(run, device=device)
     method: Any = loaded if isinstance(loaded, Editor) else found_in(loaded, run, samples if kind == "pca" else 0, seed)
     generator = torch.Generator(method.device).manual_seed(seed)
+    classes = (Run(run).config.get("classes") if run.is_dir() else None) or []
     rows = method.edit(
-        numbered(direction, run) if kind == "attribute" else direction,
+        numbered(direction, classes) if kind == "attribute" else direction,
         strengths,
         kind=kind,
         images=None if image is None else fitted(image, method),
         n=count,
         mask=None if mask is None else (fitted(mask, method).mean(1, keepdim=True) > 0.5),
+        without=[numbered(other, classes) for other in without],
         generator=generator,
     ).cpu()
     from sfumato.report.pictures import save_grid
 
     save_grid(rows.flatten(0, 1).float(), out, cols=len(strengths))
-    say(f"{out}  ({len(rows)} x {len(strengths)} pictures: {kind} {direction}, {', '.join(f'{s:g}' for s in strengths)})")
+    told = " ".join([kind, direction, *(["without", ", ".join(without)] if without else [])])
+    say(f"{out}  ({len(rows)} x {len(strengths)} pictures: {told}, {', '.join(f'{s:g}' for s in strengths)})")
 
 
 def found_in(model: Method, run: Path, samples: int, seed: int) -> Method:
@@ -97,10 +102,13 @@ def numbers(text: str) -> list[float]:
     return found
 
 
-def numbered(direction: str, run: Path) -> str:
+def numbered(direction: str, classes: Sequence[str]) -> str:
     """`A` or `A:B` with the names of classes replaced by their numbers."""
-    classes = (Run(run).config.get("classes") if run.is_dir() else None) or []
-    return ":".join(str(classes.index(word)) if word in classes else word for word in direction.split(":"))
+    words = direction.split(":")
+    for word in words:
+        if classes and word not in classes and not word.isdecimal():
+            raise BadSetting(f"there is no class {word!r} in {direction!r}: {', '.join(classes)}")
+    return ":".join(str(classes.index(word)) if word in classes else word for word in words)
 
 
 def fitted(path: Path, method: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""`sfumato apply` with `--physics`: restore by a diffusion model and by what is known of the degradation."""
+"""`sfumato apply` with `--physics`: restore by what a model knows of pictures and by what is known of the degradation."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def restore_told(method: Any, pictures: Pictures, out: Path, run: Path, *, physi
 
     if physics is None:
         raise BadSetting(f"say what degraded the pictures: --physics {WORDS}")
-    chosen = _settings(settings)
+    chosen = _settings(method, settings)
     seed = chosen.pop("seed")
     given = " ".join(f"--set {shlex.quote(pair)}" for pair in settings)
-    how = f"{physics}, by {chosen['solver']} in {chosen['steps']} steps"
+    how = f"{physics}, by {chosen['solver']} in {chosen['steps']} steps" if method.needs_physics else physics
     page = Page("Before and after", subtitle=how, facts={"run": str(run)})
     padded = 0
     for path, name, picture in pictures:
@@ -59,11 +59,11 @@ def restore_told(method: Any, pictures: Pictures, out: Path, run: Path, *, physi
     say(f"before and after: {page.write(out / PAGE)}")
 
 
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """What `--set` may say: the settings of `DiffusionPrior.restore`, and the seed."""
+def _settings(method: Any, pairs: Sequence[str]) -> dict[str, Any]:
+    """What `--set` may say: the settings of `restore`, of a diffusion model `DiffusionPrior`'s, and the seed."""
     from sfumato.diffusion import DiffusionPrior
 
-    restore = DiffusionPrior.restore
+    restore = DiffusionPrior.restore if method.needs_physics else method.restore
     types, parameters = get_type_hints(restore), inspect.signature(restore).parameters.values()
     fields: dict[str, Any] = {
         p.name: (types[p.name], p.default) for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "generator"

@@ -13,6 +13,7 @@ from .guidance import classifier_free_guidance as classifier_free_guidance
 from .guidance import drop_condition as drop_condition
 from .hspace import edit_h as edit_h
 from .hspace import h_function as h_function
+from .hspace import input_at as input_at
 from .hspace import record_h as record_h
 from .inversion import ddim_invert as ddim_invert
 from .inversion import ddpm_invert as ddpm_invert
@@ -60,3 +61,4 @@ from .trajectory import parse_window as parse_window
 from .trajectory import sample_filtered as sample_filtered
 from .tweedie import posterior_cov_trace as posterior_cov_trace
 from .tweedie import posterior_mean as posterior_mean
+from .wiener_filter import wiener_filter as wiener_filter

@@ -19,6 +19,7 @@ tensor([1., 1.])
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,7 @@ def sample_blind(
         h0: first step size, above 0 to 1; later ones grow towards 1.
         beta: 0 to 1, share of the step that reduces noise; the rest is injected again. 1: deterministic.
         sigma_end: a sample stops once its noise is at most this.
-        sigma_max: a sample stops, diverged, once its noise is larger than this.
+        sigma_max: a sample stops, diverged, once its noise is larger than this; a warning says how many.
         physics: linear, with `.A` and `.A_adjoint`, such as deepinv's, and `A A^T = I`; None: unconditional.
         measured: the measurement, like `physics.A(x)`.
         noise: `[steps, B, ...]`, the z of each step instead of drawing them.
@@ -77,6 +78,7 @@ def sample_blind(
         raise BadSetting("a measurement needs its physics, and the physics its measurement: give both, or none")
     ones = [1] * (x.ndim - 1)
     moving = torch.ones(len(x), *ones, dtype=torch.bool, device=x.device)
+    lost = ~moving
     watch = FiniteTrajectory(x, steps)
     for i in range(steps):
         x0 = watch(i, model(x))
@@ -92,7 +94,14 @@ def sample_blind(
             z = draw_step(x, noise, i, generator)
             change = change + sigma * ((1 - beta * h) ** 2 - (1 - h) ** 2) ** 0.5 * z
         x = torch.where(moving, x + change, x)
-        moving &= (sigma > sigma_end) & (sigma <= sigma_max)
+        lost |= sigma > sigma_max
+        moving &= (sigma > sigma_end) & ~lost
         if not moving.any():
             break
+    if lost.any():
+        warnings.warn(
+            f"{int(lost.sum())} of {len(x)} samples diverged, their noise grew beyond sigma_max={sigma_max:g}: take a smaller h0, "
+            "or a denoiser trained at more noise",
+            stacklevel=2,
+        )
     return watch.end(model(x))

@@ -140,6 +140,35 @@ def h_function(unet: Any, x: Tensor, t: Tensor, *, cond: Tensor | None = None) -
     return lambda moved: unet_decode(unet, moved, skips, temb, cond=cond), h
 
 
+@torch.no_grad()
+def input_at(unet: Any, sampler: Sampler, start: Start, step: int, *, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What the network is given at one call of the sampler: where `h_function` is taken along a sample's own way.
+
+    Args:
+        unet, sampler, start, cond: as for `record_h`.
+        step: number of the call, 0: the first.
+
+    Returns:
+        x_t like x_T, and t `[B]`.
+
+    Raises:
+        BadSetting: a call that the sampler does not make.
+    """
+    calls: list[tuple[Tensor, Tensor]] = []
+    ((x, noise, given, _),) = _batches(start, cond, None)
+    halves = _Halves(unet, given)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        calls.append((x, torch.as_tensor(t, device=x.device).expand(len(x))))
+        return halves(x, t)
+
+    with _at_rest(unet):
+        sampler(model, x, **({} if noise is None else {"noise": noise}))
+    if not 0 <= step < len(calls):
+        raise BadSetting(f"step={step}: the sampler calls the network {len(calls)} times, the first is 0")
+    return calls[step]
+
+
 class _Halves:
     """A U-Net as a sampler calls it: what passes its middle is kept in `seen`, and moved."""
 

@@ -91,7 +91,8 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
     seconds = written if dense else usual * product
     count = len(x) if limit is None else max(1, min(len(x), int(limit / seconds)))
     chosen = {
-        "pictures": count, "numbers": n, "Jacobian": "written out" if dense else "by products", "eigenvectors": vectors,
+        "pictures": count, "numbers": n, "Jacobian": "written out" if dense else "by products",
+        "eigenvectors": n if dense else vectors,
         "products": n if dense else min(LONGEST, LONGEST if limit is None else max(usual, int(limit / count / product))),
     }  # fmt: skip
     return Plan(chosen, count * seconds, limit, count, (*notes, *told_cut(count, len(x))))
@@ -235,7 +236,8 @@ def _findings(
         worst = max(max(one["residuals"]) / max(1e-12, abs(one["values"][0])) for one in found)
         if worst > 1e-2:
             notes.append(f"the last eigenvalues are known to {worst:.1g} of the largest only: more minutes, or fewer vectors")
-    return Findings({"pictures": list(found), **means}, headline, _words(means, plan.chosen["numbers"]), sections, notes)
+    words = _words(means, plan.chosen["numbers"], settings.sigma)
+    return Findings({"pictures": list(found), **means}, headline, words, sections, notes)
 
 
 def _pages(shown: Sequence[Mapping[str, Tensor]]) -> list[Section]:
@@ -282,10 +284,15 @@ def _table(found: Sequence[Mapping[str, Any]]) -> Section:
     return Section("Figures", text, [Table(rows)])
 
 
-def _words(means: Mapping[str, float], n: int) -> str:
+def _words(means: Mapping[str, float], n: int, sigma: float) -> str:
     """Whether it is a shrinkage in a basis, how few patterns it keeps, and whether that is all."""
-    rank, share = means["effective_rank"], means["symmetric_share"]
-    words = [f"Of the {n:,} dimensions of a picture about {rank:.3g} are kept ({means['effective_share']:.1%})."]
+    rank, share, left = means["effective_rank"], means["symmetric_share"], math.sqrt(means["error"])
+    words = [f"Of the {n:,} dimensions of a picture about {rank:,.4g} are kept ({means['effective_share']:.1%})."]
+    if left >= sigma:
+        words.append(
+            f"It is no denoiser here: it leaves {left:.3g} where noise of {sigma:g} was added, as is found where it was trained "
+            "little, or on other pictures."
+        )
     if share >= SYMMETRIC:
         words.append(f"It shrinks in a basis of its own at every picture: {share:.0%} of its Jacobian is symmetric.")
     else:

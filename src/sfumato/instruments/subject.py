@@ -241,7 +241,7 @@ def _of_method(method: Method, name: str, data: Any, setup: Setup, seed: int) ->
     memory, device = memory_for(setup, method.device), method.device
     facts = {"model": f"{title} run", "run": name, "data": str(images)}
     size = getattr(method, "size", (setup.image_size or getattr(method.config, "image_size", None) or 224,) * 2)
-    whole_pictures = None if images.facts.size else crop_to(size)
+    whole_pictures = crop_to(size) if images.items.sizes() and not images.facts.size else None
     common: dict[str, Any] = {
         "device": device,
         "memory": memory,
@@ -258,7 +258,7 @@ def _of_method(method: Method, name: str, data: Any, setup: Setup, seed: int) ->
         pairs = cut(method.network, method.criterion, (x, whole.label), setup, memory, device)
         loss_name = str(getattr(method.config, "loss", "cross_entropy"))
         return Subject(name=name, module=method.network, loss=method.criterion, loss_name=loss_name, batches=pairs, **common)
-    whole = read(images, index, method.augment(), seed)
+    whole = read(images, index, method.augment() or whole_pictures, seed)  # unlike sizes make no batch
     size = min(setup.batch_size or method.config.batch_size, len(whole))
     if setup.batch_size is None:
         one = OwnLoss(method, [_part(whole, slice(0, 1))], seed)

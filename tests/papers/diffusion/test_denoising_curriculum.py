@@ -16,6 +16,8 @@ from sfumato.papers.diffusion.denoising_curriculum import (
     easy_to_hard,
     low_noise_is_hard,
 )
+from sfumato.papers.diffusion.maskunet import MaskUNet
+from sfumato.papers.diffusion.time_independent_encoder import TiUE
 
 PICTURES = digits()[0].x[:128]
 
@@ -271,6 +273,17 @@ def test_an_expert_draws_in_its_part_alone(formulation):
     whole = method.with_expert(other.average)
     assert torch.equal(whole.losses_at(x, t, noise), other.losses_at(x, t, noise))
     assert torch.equal(plain, method.sample(2, start(0)))  # the method itself stays
+
+
+@pytest.mark.parametrize("kind", [MaskUNet, TiUE])
+def test_what_starts_from_a_ddpm_run_starts_from_its_runs_too(kind):
+    """They take the network, and leave the settings of the curriculum behind."""
+    previous = small(attn_at=(1,))  # masks lie on attention's layers
+    method = kind.init_from(kind.Config.small(), previous)
+    assert method.config.ddpm == previous.base_settings()
+    assert DDPM(DDPM.Config.model_validate(method.config.ddpm)).config.width == 8
+    assert "clusters" not in method.config.ddpm
+    assert any(torch.equal(p, previous.average.module.conv_in.weight) for p in method.parameters())
 
 
 # The claims

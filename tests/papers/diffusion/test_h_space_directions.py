@@ -10,6 +10,7 @@ from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.method import Editor, capabilities
 from sfumato.papers.diffusion import h_space_directions
 from sfumato.papers.diffusion.ddpm import DDPM
+from sfumato.papers.diffusion.denoising_curriculum import DenoisingCurriculum
 from sfumato.papers.diffusion.h_space_directions import HSpaceDirections, directions
 from sfumato.papers.restoration.cbsn import CBSN
 from sfumato.probes import jacobian_directions, pca_directions
@@ -52,6 +53,8 @@ def test_the_components_are_those_of_the_pictures_that_it_drew(ddpm, labelled, p
     method.pca.update = lambda hs: (drawn.append(hs), update(hs))[1]
     method = fit(method, labelled.x, progress=False)
     assert [len(hs) for hs in drawn] == [8, 8, 8]
+    edited = record_h(method.net, method.sampler, method.start(8, _seeded()))[1]
+    assert not torch.allclose(drawn[0], edited, atol=1e-2)  # an edit's seed draws others
     exact = pca_directions(torch.cat(drawn), 5, per_step=per_step)
     assert torch.allclose(method.stds, exact.stds.view(5, -1), rtol=1e-3)
     inner = (method.vectors * exact.vectors).flatten(1).sum(1) / (4 if per_step else 1)
@@ -133,6 +136,31 @@ def test_a_singular_vector_is_each_pictures_own_and_keeps_to_its_mask(found):
     assert (left[0, 0].norm() < whole[0, 0].norm()).item()
 
 
+def test_what_is_to_stay_is_left_out_of_a_direction(found):
+    """Orthogonal to every attribute at once, over all steps; of each picture's own singular vector too."""
+    start, stay = found.start(2, _seeded()), ("1:0", "2:0")
+    others = torch.stack([found.direction("attribute", name, start) for name in stay]).flatten(1)
+    for kind in ("pca", "jacobian"):
+        plain, kept = (found.direction(kind, "0", start, without=names) for names in ((), stay))
+        assert kept.shape == plain.shape
+        rows = kept.reshape(-1, others.shape[1])
+        inner = rows @ others.T / (rows.norm(dim=1, keepdim=True) * others.norm(dim=1))
+        assert inner.abs().max() < 1e-5
+        assert (plain.reshape(rows.shape) @ others.T).abs().max() > 1e-3
+    assert torch.equal(found.direction("pca", "0", start), found.direction("pca", "0", start, without=()))
+    with pytest.raises(BadSetting, match="nothing is left of direction '2:1' without 1:0, 2:0"):
+        found.direction("attribute", "2:1", start, without=stay)
+
+
+def test_the_model_of_a_curriculum_has_directions_too():
+    method = DenoisingCurriculum(DenoisingCurriculum.Config.small(image_size=8, channels=1, width=8))
+    over = _over(method)
+    assert type(over.base) is DDPM
+    assert torch.equal(over.net.conv_in.weight, method.average.module.conv_in.weight)
+    over.look(_seeded())
+    assert over.known == 5
+
+
 def test_words_are_refused_in_one_line(ddpm, found):
     with pytest.raises(BadSetting, match="--init runs/ddpm"):
         HSpaceDirections(HSpaceDirections.Config.small())
@@ -144,6 +172,8 @@ def test_words_are_refused_in_one_line(ddpm, found):
         _over(ddpm).edit("0", [1.0])
     with pytest.raises(BadSetting, match="labelled pictures"):
         _over(ddpm).edit("0", [1.0], kind="attribute")
+    with pytest.raises(BadData, match="is not below classes=2"):
+        fit(_over(ddpm, classes=2), digits()[0], steps=1, progress=False)
     for kind, name, match in (
         ("pca", "5", "0 to 4"),
         ("pca", "first", "0 to 4"),

@@ -35,12 +35,12 @@ from typing_extensions import Self
 from sfumato.claim import Better, Figures, Lab, claim
 from sfumato.data.batch import Batch
 from sfumato.data.samples import digits
-from sfumato.diffusion import SamplerStep, ddim_invert, ddpm_invert, edit_h, h_function, record_h, sample_ddim
-from sfumato.diffusion.samplers import ddim_times
+from sfumato.diffusion import ddim_invert, ddpm_invert, edit_h, h_function, input_at, record_h, sample_ddim
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.papers.diffusion.ddpm import DDPM
-from sfumato.probes import StreamingPCA, align_signs, attribute_direction, jacobian_directions, pca_directions, train_judge
+from sfumato.probes import StreamingPCA, align_signs, attribute_direction, jacobian_directions, pca_directions, project_out
+from sfumato.probes.judge import train_judge
 
 Start = tuple[Tensor, Tensor | None]
 """x_T `[B, C, H, W]` and, with noise while sampling, that of every step `[S, B, C, H, W]`."""
@@ -87,8 +87,7 @@ class HSpaceDirections(Method):
         self.base = base.requires_grad_(False)
         steps = min(c.sample_steps, len(base.schedule))
         self.sampler = partial(sample_ddim, schedule=base.schedule, steps=steps, eta=c.eta, predict=base.config.predict)
-        channels, stride = base.config.width * base.config.mults[-1], 2 ** (len(base.config.mults) - 1)
-        self.h_shape = (steps, channels, *(side // stride for side in base.shape[1:]))
+        self.h_shape = (steps, *base.bottleneck)
         self.pca = StreamingPCA(self.h_shape, keep=max(c.keep, c.components), apart=c.per_step)
         self.vectors = nn.Parameter(torch.zeros(c.components, *self.h_shape))
         self.register_buffer("stds", torch.zeros(c.components, steps if c.per_step else 1))
@@ -133,7 +132,8 @@ class HSpaceDirections(Method):
 
     def steps(self, ctx: Context) -> Generator[Step, Result, None]:
         """Draw, tell how much of it the directions explain, then learn from it; every process draws the same pictures."""
-        generator = torch.Generator(self.device).manual_seed((ctx.seed * 1_000_003 + ctx.step) % 2**31)
+        far = 2**30  # from the small seeds of edits: they are to move other pictures than those that were looked at
+        generator = torch.Generator(self.device).manual_seed((ctx.seed * 1_000_003 + ctx.step + far) % 2**31)
         _, self._fresh = record_h(self.net, self.sampler, self.start(self.config.batch_size, generator))
         self._sums, self._counts = torch.zeros_like(self.class_sums), torch.zeros_like(self.class_counts)
         yield Step("net", (self.loss,))
@@ -142,8 +142,14 @@ class HSpaceDirections(Method):
         self.class_counts += ctx.sum(self._counts)
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
-        """The share of the variance of fresh pictures that the directions do not explain; 1 before there are any."""
+        """The share of the variance of fresh pictures that the directions do not explain; 1 before there are any.
+
+        Raises:
+            BadData: labels of more classes than were set.
+        """
         if len(self.class_counts) and batch.label is not None:
+            if int(batch.label.max()) >= len(self.class_counts):
+                raise BadData(f"class {int(batch.label.max())} is not below classes={len(self.class_counts)}: leave classes out")
             _, hs = record_h(self.net, self.sampler, self.invert(batch.x, ctx.generator))
             self._sums.index_add_(0, batch.label, hs.to(self._sums))
             self._counts.index_add_(0, batch.label, torch.ones_like(batch.label, dtype=self._counts.dtype))
@@ -194,7 +200,7 @@ class HSpaceDirections(Method):
         out: Tensor = self.net(x, t).sample
         return out
 
-    def direction(self, kind: str, name: str, start: Start, *, mask: Tensor | None = None) -> Tensor:
+    def direction(self, kind: str, name: str, start: Start, *, mask: Tensor | None = None, without: Sequence[str] = ()) -> Tensor:
         """A direction by its name, one unit long.
 
         Args:
@@ -204,13 +210,25 @@ class HSpaceDirections(Method):
                 others) or `A:B` (towards A, away from B).
             start: the pictures that are to be edited.
             mask: for "jacobian", broadcastable to a picture: where it is to change.
+            without: attributes, named as for that kind, that are to stay as they are: the direction is made orthogonal to all of
+                them, over all steps together.
 
         Returns:
             `[S, C', h, w]`, or for "jacobian" `[B, S, C', h, w]`.
 
         Raises:
-            BadSetting: an unknown kind, or a direction that was not found.
+            BadSetting: an unknown kind, a direction that was not found, or one that lies within those it is to leave alone.
         """
+        delta = self._found(kind, name, start, mask)
+        if not without:
+            return delta
+        others = torch.stack([self._between_classes(other) for other in without])
+        kept = torch.stack([project_out(each, others) for each in delta]) if delta.ndim == 5 else project_out(delta, others)
+        if kept.norm() <= 1e-4 * delta.norm():  # what a projection leaves of it is rounding
+            raise BadSetting(f"nothing is left of direction {name!r} without {', '.join(without)}: name fewer attributes")
+        return kept
+
+    def _found(self, kind: str, name: str, start: Start, mask: Tensor | None) -> Tensor:
         if kind not in KINDS:
             raise BadSetting(f"there is no kind {kind!r} of direction: use {', '.join(KINDS)}")
         if mask is not None and kind != "jacobian":
@@ -242,12 +260,9 @@ class HSpaceDirections(Method):
         """σ u of each picture at one step, the same for all steps; signs agree with those of the first picture."""
         at = self.config.jacobian_step
         at = self.h_shape[0] // 2 if at is None else at
-        seen: list[SamplerStep] = []
-        self.sampler(self._model, start[0], noise=start[1], callback=seen.append)
-        t = torch.tensor(ddim_times(self.base.schedule, self.h_shape[0])[at], device=self.device)
         found = []
-        for x in seen[at].x_t.split(1):  # one Jacobian a picture
-            f, h = h_function(self.net, x, t)
+        for x, t in zip(*(part.split(1) for part in input_at(self.net, self.sampler, start, at)), strict=True):
+            f, h = h_function(self.net, x, t)  # one Jacobian a picture
             triplets = jacobian_directions(
                 f, h, index + 1, mask=mask, iters=self.config.jacobian_iterations, generator=torch.Generator().manual_seed(0)
             )  # fmt: skip
@@ -265,12 +280,13 @@ class HSpaceDirections(Method):
         images: Tensor | None = None,
         n: int = 1,
         mask: Tensor | None = None,
+        without: Sequence[str] = (),
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Move pictures along a direction.
 
         Args:
-            direction, kind, mask: see `direction`.
+            direction, kind, mask, without: see `direction`.
             strengths: how far, in units of the direction, one a column; 0: not at all.
             images: pictures to edit, `[B, C, H, W]` in [0, 1]; None: `n` new ones.
             n: how many new ones.
@@ -280,7 +296,7 @@ class HSpaceDirections(Method):
             `[B, len(strengths), C, H, W]` in [0, 1].
         """
         start = self.start(n, generator) if images is None else self.invert(images.to(self.device), generator)
-        delta = self.direction(kind, direction, start, mask=mask)
+        delta = self.direction(kind, direction, start, mask=mask, without=without)
         columns = [
             edit_h(self.net, self.sampler, start, delta, scale=float(s), asymmetric=self.config.asymmetric, batch_size=BATCH)
             for s in strengths
@@ -289,11 +305,8 @@ class HSpaceDirections(Method):
 
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """One picture along the first components, from -3 to 3 standard deviations."""
-        state = generator.get_state()
-        rows = {}
-        for k in range(min(3, self.known)):
-            rows[f"component {k}"] = self.edit(str(k), (-3.0, -1.5, 0.0, 1.5, 3.0), generator=generator.set_state(state))[0]
-        return rows
+        state, strengths, first = generator.get_state(), (-3.0, -1.5, 0.0, 1.5, 3.0), range(min(3, self.known))
+        return {f"component {k}": self.edit(str(k), strengths, generator=generator.set_state(state))[0] for k in first}
 
     @property
     def known(self) -> int:
@@ -315,10 +328,9 @@ BATCH = 64
 """Pictures drawn at once while editing."""
 
 # The claim
-
-
 PAIRS = ((4, 3), (8, 6), (1, 0))
 """Digits that a direction leads to, and away from."""
+SHIFTS = [f"shift, {a} from {b}" for a, b in PAIRS]
 
 DRAWN, EXTREME, HELD_OUT, RANDOM = 512, 40, 100, 4
 """Samples that directions are found in, those with the highest and lowest score, starts to edit, random directions."""
@@ -334,7 +346,7 @@ class _Bench:
         self.train, _ = digits(seed=lab.seed)
         settings = DDPM.Config.small(channels=1, image_size=8, width=16, steps=lab.steps(800))
         ddpm = lab.fit(DDPM(settings), self.train, steps=lab.steps(800))
-        self.net, self.schedule, self.generator = ddpm.average.module, ddpm.schedule, lab.generator
+        self.net, self.generator = ddpm.average.module, lab.generator
         self.sampler = partial(sample_ddim, schedule=ddpm.schedule, steps=10)
         self.noise_of_samples = self.noise(DRAWN)
         self.samples, self.hs = record_h(self.net, self.sampler, self.noise_of_samples)
@@ -364,10 +376,10 @@ class _Bench:
     seeds=range(100, 105),
     note="A model of 8 x 8 digits, DDIM in 10 steps. Means: of the 40 samples with the highest and the lowest difference of two "
     "logits of a small classifier, for three pairs of digits. A pair is won when the difference of the logits rises, by five "
-    "times what random directions change it at least, and falls with the negated direction. Components: moves of two standard "
-    "deviations along the first three; pixel change: Euclidean, pictures in [-1, 1]; consistency: mean cosine between the "
-    "changes of two samples. Beside them: the asymmetric edit; the difference of means of the noise that the same samples were "
-    "drawn from, added to the noise, which with digits so small leads further than the bottleneck; and the first singular "
+    "times what a random direction changes it in size at least, and falls with the negated direction. Components: moves of two "
+    "standard deviations along the first three; pixel change: Euclidean, pictures in [-1, 1]; consistency: mean cosine between "
+    "the changes of two samples. Beside them: the asymmetric edit; the difference of means of the noise that the same samples "
+    "were drawn from, added to the noise, which with digits so small leads further than the bottleneck; and the first singular "
     "vectors of the Jacobians of three other samples, as long as the components.",
 )
 def directions(lab: Lab) -> Figures:
@@ -384,6 +396,7 @@ def _attributes(bench: _Bench, lab: Lab) -> Figures:
     judge = train_judge(2 * bench.train.x - 1, bench.train.label, steps=lab.steps(200))
     scores, before = judge(bench.samples), judge(bench.plain)
     shifts: dict[str, list[float]] = {}
+    chances = []
     for a, b in PAIRS:
         order = (scores[:, a] - scores[:, b]).argsort(descending=True)
         high, low = order[:EXTREME], order[-EXTREME:]
@@ -398,14 +411,16 @@ def _attributes(bench: _Bench, lab: Lab) -> Figures:
         }
         for arm, pictures in edits.items():
             rise = judge(torch.cat(pictures)) - before.repeat(len(pictures), 1)
-            shifts.setdefault(arm, []).append(float((rise[:, a] - rise[:, b]).mean()))
+            each = (rise[:, a] - rise[:, b]).view(len(pictures), -1).mean(1)
+            shifts.setdefault(arm, []).append(float(each.mean()))
+            if arm == "random directions":
+                chances.append(float(each.abs().mean()))  # with signs they would cancel
         shown = [bench.edited(delta, s)[:4] for s in (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)]
         lab.picture(f"{a} from {b}", torch.stack(shown, 1).flatten(0, 1).add(1).div(2))
-    figures = {arm: {"logit shift": sum(values) / len(PAIRS)} for arm, values in shifts.items()}
-    for arm, values in shifts.items():
-        figures[arm] |= {f"shift, {a} from {b}": value for (a, b), value in zip(PAIRS, values, strict=True)}
-    trio = zip(*(shifts[arm] for arm in ("difference of means", "negated difference", "random directions")), strict=True)
-    won = [there > 0 > back and there >= RATIO * abs(chance) for there, back, chance in trio]
+    figures = {arm: {"logit shift": sum(v) / len(v), **dict(zip(SHIFTS, v, strict=True))} for arm, v in shifts.items()}
+    trio = zip(shifts["difference of means"], shifts["negated difference"], chances, strict=True)
+    won = [there > 0 > back and there >= RATIO * chance for there, back, chance in trio]
+    figures["random directions"]["size of a shift"] = sum(chances) / len(chances)
     figures["difference of means"]["pairs won"] = float(sum(won))
     figures["no edit"] = {"logit shift": 0.0, "pairs won": 0.0}
     return figures
@@ -415,9 +430,7 @@ def _components(bench: _Bench, lab: Lab) -> Figures:
     moves = list(2 * pca_directions(bench.hs, 3).scaled())
     singular, middle = [], len(moves[0]) // 2
     for x, move in zip(bench.noise(3).split(1), moves, strict=True):
-        seen: list[SamplerStep] = []
-        bench.sampler(lambda x, t: bench.net(x, t).sample, x, callback=seen.append)
-        f, h = h_function(bench.net, seen[middle].x_t, torch.tensor(ddim_times(bench.schedule, len(move))[middle]))
+        f, h = h_function(bench.net, *input_at(bench.net, bench.sampler, x, middle))
         u = jacobian_directions(f, h, 1, generator=bench.generator).right[0, 0]
         singular.append(move.norm() * u / len(move) ** 0.5)
     arms = {
