@@ -36,6 +36,8 @@ def test_small_variances_beside_a_large_mean_survive_float32():
     _feed([scan], guesses)
     exact = guesses.double().var(0, correction=0).mean(1)
     assert torch.allclose(scan.variance[scan.windows.index((0, 40))].double(), exact, rtol=1e-3)
+    _feed([scan], guesses.bfloat16())
+    assert scan.variance.dtype == torch.float32
 
 
 def test_it_keeps_a_mean_a_slice_and_not_the_steps():

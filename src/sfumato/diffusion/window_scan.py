@@ -66,6 +66,7 @@ class WindowScan:
         if not self.edges[0] <= step.step < self.edges[-1]:
             return
         x = step.x0.flatten(1)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # small variances drown in half precision
         if step.step == self.edges[0]:
             self._clear()
         here = bisect_right(self.edges, step.step) - 1

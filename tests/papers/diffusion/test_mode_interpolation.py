@@ -137,6 +137,9 @@ def test_drift_of_a_generation():
     assert (bad["off support, %"], bad["between modes, %"], bad["smallest mode, %"]) == (25, 25, 0)
     assert bad["largest mode, %"] == pytest.approx(200 / 3)
     assert bad["divergence"] > good["divergence"]
+    assert good["width of the modes"] == pytest.approx(1, abs=0.1)
+    twice = LINE.means[torch.arange(300) % 3] + 2 * (data - LINE.means[torch.arange(300) // 100])
+    assert page._drift(twice, data, LINE)["width of the modes"] == pytest.approx(2, abs=0.2)
 
 
 def test_separation_at_a_retention():

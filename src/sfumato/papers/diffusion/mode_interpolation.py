@@ -371,10 +371,12 @@ def own_samples(lab: Lab) -> Figures:
 
 
 def _drift(x: Tensor, data: Tensor, mixture: GaussianMixture) -> dict[str, float]:
-    """What a generation's points are worth: shares off support, the modes' shares of the others, divergence from the data."""
-    near = torch.cdist(x[~mixture.off_support(x)], mixture.means).argmin(1)
+    """What a generation's points are worth: shares off support; of the others how wide the modes are (1: as the data's) and what
+    share each has; divergence from the data."""
+    away, near = torch.cdist(x[~mixture.off_support(x)], mixture.means).min(1)
     shares = near.bincount(minlength=len(mixture.means)) / max(1, len(near))
-    figures = {"smallest mode, %": 100 * float(shares.min()), "largest mode, %": 100 * float(shares.max())}
+    figures = {"width of the modes": float(away.square().mean().sqrt()) / (STD * data.shape[1] ** 0.5)}
+    figures |= {"smallest mode, %": 100 * float(shares.min()), "largest mode, %": 100 * float(shares.max())}
     return {**_shares(x, mixture), **figures, "divergence": histogram_divergence(x, data)}
 
 
