@@ -48,8 +48,9 @@ def train(steps: int, seed: int) -> DDPM:
     images, _ = simple_shapes(5000, 32, area=AREA, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
     config = DDPM.Config.small(channels=1, image_size=32, width=8, mults=(1, 2, 4, 4), predict="v", lr=2e-3)
-    method: DDPM = sfumato.fit(DDPM(config), images, steps=steps, seed=seed)
-    return method
+    run = DDPM(config)
+    sfumato.fit(run, images, steps=steps, seed=seed)
+    return run
 
 
 @torch.no_grad()

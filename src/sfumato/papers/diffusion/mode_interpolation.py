@@ -340,7 +340,9 @@ FILTERS: dict[str, Draw] = {"no filter": keep_all, "random filter": keep_random,
     seeds=range(100, 105),
     note="The same modes, 3000 points, T = 250, 700 steps of batch 1000 from scratch a generation; generation 1 learns from the "
     "data and is one for all. What a model drew is judged before it is filtered, so a filter can help only by what the next "
-    "generation learns.",
+    "generation learns. On two development seeds the share grew from 1 % to 16 to 29 % with every filter: from the second "
+    "generation on far more than the 4 % that a filter drops are off support, and trainings as short as these scatter as much as "
+    "the filters differ. The paper's, of 25 modes in the plane, are far longer.",
 )
 def own_samples(lab: Lab) -> Figures:
     """Off support, counts of the modes and divergence of what each generation draws, by filter."""
