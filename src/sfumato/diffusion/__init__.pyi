@@ -55,6 +55,7 @@ from .training import EDMPrecond as EDMPrecond
 from .training import denoising_loss as denoising_loss
 from .trajectory import Filtered as Filtered
 from .trajectory import X0Variance as X0Variance
+from .trajectory import default_window as default_window
 from .trajectory import filter_by_variance as filter_by_variance
 from .trajectory import last_steps as last_steps
 from .trajectory import parse_window as parse_window
