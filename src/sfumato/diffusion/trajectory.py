@@ -168,8 +168,8 @@ def last_steps(steps: int, share: float = 0.02, *, least: int = 2) -> tuple[int,
 def default_window(steps: int, *, points: bool) -> tuple[int, int]:
     """Where to look as long as nobody has chosen: for points the last 2 % of the steps, for pictures those from half to 70 % on.
 
-    In two small trainings of simple shapes (`examples/window_for_pictures.py`) an early window and the last steps each told next to
-    nothing once, the middle a little every time (AUC 0.60 to 0.73). Choose for your own by `scan_windows`.
+    In two small trainings of simple shapes (`examples/window_for_pictures.py`) an early window and the last steps each told next
+    to nothing once, the middle a little every time (AUC 0.60 to 0.73). Choose for your own by `scan_windows`.
 
     >>> default_window(250, points=True), default_window(50, points=False), default_window(3, points=False)
     ((245, 250), (25, 35), (1, 3))
