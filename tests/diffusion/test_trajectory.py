@@ -10,6 +10,7 @@ from sfumato.diffusion import (
     Schedule,
     X0Variance,
     beta_schedule,
+    default_window,
     filter_by_variance,
     last_steps,
     parse_window,
@@ -118,3 +119,14 @@ def test_windows_that_are_none_are_refused(text):
         parse_window(text, 50)
     with pytest.raises(BadSetting, match="no variance"):
         last_steps(1)
+
+
+def test_the_windows_that_nobody_chose():
+    assert default_window(250, points=True) == last_steps(250) == (245, 250)
+    assert default_window(1000, points=False) == (500, 700)
+    for steps in range(2, 40):
+        low, high = default_window(steps, points=False)
+        assert 0 <= low < high - 1 < steps
+    for points in (True, False):
+        with pytest.raises(BadSetting, match="no variance"):
+            default_window(1, points=points)

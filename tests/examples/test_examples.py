@@ -146,3 +146,14 @@ def test_example_says_how_to_run_it_and_uses_the_public_interface(path, capsys):
         main(["--help"])
     assert ended.value.code == 0
     assert docstring.partition("\n")[0] in capsys.readouterr().out
+
+
+def test_windows_are_judged_by_pictures_that_could_not_be(run):
+    told, printed = run("window_for_pictures", "--steps", 2, "--samples", 6, "--sample-steps", 10)
+    assert len([name for name in told if name.startswith("steps")]) == 10
+    assert "of 6 pictures could not be" in printed
+    space = runpy.run_path(str(next(path for path in EXAMPLES if path.stem == "window_for_pictures")))
+    bad = torch.arange(40) < 8  # the first tenth of the chain tells, the others do not, and no picture is white
+    variance = torch.stack([torch.where(bad, 2.0, 1.0), torch.ones(40)])
+    told = space["judge"](space["ScannedWindows"](torch.zeros(40, 1, 4, 4), [(0, 1), (9, 10)], variance), bad)
+    assert told == {"steps 0 to 1 of 10": 1, "steps 9 to 10 of 10": 0.5, "chosen, steps 0 to 1": 1, "white pixels": 0.5}

@@ -93,12 +93,13 @@ def test_a_run_of_pictures_and_one_of_points(tmp_path):
     found = sfumato.probe("hallucination", pictures, samples=6, slices=2, shown=2)
     again = sfumato.probe("hallucination", pictures, samples=6, slices=2, shown=2)
     assert torch.equal(found.numbers["variance"], again.numbers["variance"])
-    assert found.numbers["window"] == [8, 10]
+    assert found.numbers["window"] == [5, 7]
     page = write_probe_report(found, tmp_path / "pictures.html").read_text()
     assert "Hallucination of DDPM run" in page
     assert page.count("<img") >= 4
     points = PointDiffusion(PointDiffusion.Config.small(dim=2, width=8, layers=1, times=20))
     found = sfumato.probe("hallucination", points, samples=30, shown=2)
+    assert found.numbers["window"] == [18, 20]
     json.dumps(found.as_json(), allow_nan=False)
     assert "steadiest first" in write_probe_report(found, tmp_path / "points.html").read_text()
 

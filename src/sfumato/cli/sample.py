@@ -105,12 +105,12 @@ def _steady(
     method: Any, run: Path, count: int, keep: float, window: str | None, batch: int, generator: torch.Generator
 ) -> Tensor:
     """The steadiest of more samples, and a line on what was dropped."""
-    from sfumato.diffusion import last_steps, parse_window, sample_filtered
+    from sfumato.diffusion import default_window, parse_window, sample_filtered
 
     if not isinstance(method, TrajectorySampler):
         raise BadSetting(f"{run} does not show its steps, so nothing can be said of their variance: leave out --keep")
     steps = method.trajectory_steps
-    low, high = last_steps(steps) if window is None else parse_window(window, steps)
+    low, high = default_window(steps, points=draws_points(method)) if window is None else parse_window(window, steps)
     found = sample_filtered(method.sample, count, window=(low, high), keep=keep, batch=batch, generator=generator)
     dropped = len(found.dropped)
     told = f"drew {count + dropped}, dropped the {dropped} whose expected end varied most over steps {low} to {high} of {steps}"

@@ -33,6 +33,11 @@ from .curriculum import lognormal_clusters as lognormal_clusters
 from .curriculum import uniform_clusters as uniform_clusters
 from .predictions import as_denoiser as as_denoiser
 from .predictions import convert as convert
+from .recursive import Drawn as Drawn
+from .recursive import keep_all as keep_all
+from .recursive import keep_random as keep_random
+from .recursive import keep_steady as keep_steady
+from .recursive import recursive_training as recursive_training
 from .residual import ResidualObjective as ResidualObjective
 from .residual import ResidualPrediction as ResidualPrediction
 from .residual import ResidualSchedule as ResidualSchedule
@@ -55,6 +60,7 @@ from .time_samplers import uniform_t as uniform_t
 from .training import denoising_loss as denoising_loss
 from .trajectory import Filtered as Filtered
 from .trajectory import X0Variance as X0Variance
+from .trajectory import default_window as default_window
 from .trajectory import filter_by_variance as filter_by_variance
 from .trajectory import last_steps as last_steps
 from .trajectory import parse_window as parse_window
@@ -62,3 +68,6 @@ from .trajectory import sample_filtered as sample_filtered
 from .tweedie import posterior_cov_trace as posterior_cov_trace
 from .tweedie import posterior_mean as posterior_mean
 from .wiener_filter import wiener_filter as wiener_filter
+from .window_scan import ScannedWindows as ScannedWindows
+from .window_scan import WindowScan as WindowScan
+from .window_scan import scan_windows as scan_windows

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sfumato.diffusion import SamplerStep, X0Variance, last_steps, parse_window
+from sfumato.diffusion import SamplerStep, X0Variance, default_window, parse_window
 from sfumato.errors import BadSetting, Interrupted
 from sfumato.instruments.findings import Findings, Pictures, Plan, Plot, Section, Table
 from sfumato.instruments.kinds import BareSetup, Kind
@@ -47,7 +47,9 @@ class Settings(BareSetup):
         None, gt=1, description="samples to draw; None: what the time allows, at most 256 (points: 10,000)"
     )
     batch_size: int | None = Field(None, gt=0, description="samples drawn at once; None: 64 (points: 10,000)")
-    window: str | None = Field(None, description="FIRST:END, steps of the variance, counted from 0; None: the last ones")
+    window: str | None = Field(
+        None, description="FIRST:END, steps of the variance, counted from 0; None: 50 to 70 % of them (points: the last 2 %)"
+    )
     slices: int | None = Field(
         None, gt=0, description="equal parts of the chain that are looked at besides; None: 10, or fewer of two steps each"
     )
@@ -67,11 +69,11 @@ def plan(subject: Subject, settings: Settings, minutes: float | None) -> Plan:
     if not isinstance(owner, TrajectorySampler):
         raise BadSetting(f"{name} does not draw samples in steps that can be watched: give a diffusion run, such as one of ddpm")
     steps, limit = owner.trajectory_steps, None if minutes is None else 60 * minutes
-    low, high = last_steps(steps) if settings.window is None else parse_window(settings.window, steps)
+    points = draws_points(owner)
+    low, high = default_window(steps, points=points) if settings.window is None else parse_window(settings.window, steps)
     slices = settings.slices or min(10, steps // 2)
     if steps < 2 * slices:
         raise BadSetting(f"a chain of {steps} steps has no {slices} slices of two or more: say slices={steps // 2}")
-    points = draws_points(owner)
     most = settings.samples or (POINTS if points else MOST)
     size = min(settings.batch_size or (POINTS if points else AT_ONCE), most)
     taken = min(TIMED, steps)
@@ -219,7 +221,8 @@ def _findings(subject: Subject, settings: Settings, numbers: dict[str, Any], ext
     ]
     notes = [
         "a large variance tells that the run was undecided about a sample, not that the sample is wrong: look at the pictures",
-        "which window tells most depends on the data: for points the last steps, for pictures perhaps an earlier part",
+        "which window tells most depends on the data: for points the last steps; for your own pictures judge some samples, and "
+        "ask sfumato.diffusion.scan_windows",
     ]
     return Findings(numbers, headline, _words(numbers, count, spread), sections, notes)
 

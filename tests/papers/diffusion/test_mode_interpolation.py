@@ -9,7 +9,7 @@ import torch
 
 from sfumato.claim import Verdict, judge
 from sfumato.data import Batch, Facts, GaussianMixture, gaussian_grid
-from sfumato.diffusion import SamplerStep, Schedule, X0Variance
+from sfumato.diffusion import Schedule, X0Variance
 from sfumato.engine import fit
 from sfumato.engine.lab import Lab
 from sfumato.errors import BadData, BadSetting
@@ -22,8 +22,6 @@ from sfumato.papers.diffusion.mode_interpolation import (
     exact_score,
     histogram_divergence,
     interpolating,
-    keep_steady,
-    recursive_training,
     score_gap,
     separation,
     strip,
@@ -132,44 +130,16 @@ def test_divergence_of_histograms():
         assert histogram_divergence(data + 100, data) > 1
 
 
-class Faulty:
-    """A trained model of the line that puts one point in ten between two modes, and knows it."""
-
-    trajectory_steps = 20
-
-    def __init__(self, points):
-        self.points = points
-
-    def sample(self, n, generator=None, *, callback=None):
-        x = LINE.sample(n, generator=generator)
-        bad = torch.arange(n) % 10 == 0
-        x[bad] = 1.5
-        for i in range(20):
-            if callback is not None:
-                callback(SamplerStep(i, x, x + bad[:, None] * (-1) ** i, torch.ones(())))
-        return x
-
-
-def test_own_samples_generation_after_generation():
-    seen = []
-
-    def train(points, number):
-        seen.append((number, len(points)))
-        return Faulty(points)
-
-    data = LINE.sample(300, balanced=True)
-    plain = recursive_training(train, data, LINE, generations=3, generator=torch.Generator().manual_seed(0))
-    assert seen == [(0, 300), (1, 300), (2, 300)]
-    assert [one.off_support for one in plain] == [0.1] * 3
-    assert [one.between for one in plain] == [0.1] * 3
-    assert all(int(one.counts.sum()) == 270 for one in plain)
-
-    def filtered(trained, n, generator):
-        return keep_steady(trained, n, generator, keep=0.85)
-
-    kept = recursive_training(train, data, LINE, generations=2, draw=filtered, generator=torch.Generator().manual_seed(0))
-    assert [one.off_support for one in kept] == [0, 0]
-    assert all(len(one.points) == 300 for one in kept)
+def test_drift_of_a_generation():
+    data = LINE.sample(300, balanced=True, generator=torch.Generator().manual_seed(0))
+    good, bad = page._drift(data, data, LINE), page._drift(torch.cat([data[:150], torch.full((50, 1), 1.5)]), data, LINE)
+    assert good["smallest mode, %"] == good["largest mode, %"] == pytest.approx(100 / 3)
+    assert (bad["off support, %"], bad["between modes, %"], bad["smallest mode, %"]) == (25, 25, 0)
+    assert bad["largest mode, %"] == pytest.approx(200 / 3)
+    assert bad["divergence"] > good["divergence"]
+    assert good["width of the modes"] == pytest.approx(1, abs=0.1)
+    twice = LINE.means[torch.arange(300) % 3] + 2 * (data - LINE.means[torch.arange(300) // 100])
+    assert page._drift(twice, data, LINE)["width of the modes"] == pytest.approx(2, abs=0.2)
 
 
 def test_separation_at_a_retention():
@@ -197,3 +167,14 @@ def test_the_claims_in_small_can_fail():
     assert set(detected["random filter"]) == {"AUC", "removed", "kept"}
     assert judge(page.detector, [detected] * 5).verdict is Verdict.NOT_REPRODUCED
     assert judge(page.between_modes, [shares] * 5).findings[0].verdict is Verdict.REPRODUCED
+
+
+def test_the_claim_on_own_samples_in_small_can_fail():
+    lab = Lab(0, budget=0.01)
+    drift = page.own_samples(lab)
+    assert set(drift) == {"generation 1"} | {f"{name}, generation 4" for name in page.FILTERS}
+    assert {c["arm"]: len(c["y"]) for c in lab.curves} == dict.fromkeys(page.FILTERS, 4)
+    found = judge(page.own_samples, [drift] * 5).findings
+    swapped = {**drift, "variance filter, generation 4": {**drift["no filter, generation 4"], "off support, %": 101.0}}
+    assert judge(page.own_samples, [swapped] * 5).verdict is Verdict.NOT_REPRODUCED
+    assert len(found) == 4
