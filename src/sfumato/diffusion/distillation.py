@@ -183,6 +183,7 @@ def fake_score_loss(
     cond: Tensor | None = None,
     null: Tensor | None = None,
     drop: float = 0.1,
+    weighted: bool = True,
     predict: str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -195,10 +196,12 @@ def fake_score_loss(
         noise: standard normal, like `x0`.
         null: as for `vsd_loss`; None: `cond` is never dropped.
         drop: share of the conditions that `null` takes the place of.
+        weighted: times abar_t, as the authors have it; False: the plain error (SwiftBrush), with which a fake score that begins as
+            the teacher follows sooner at the noisy times, where `vsd_loss` weighs most.
         generator: source of which.
 
     Returns:
-        A scalar: the mean of abar_t |ε_fake - ε|².
+        A scalar: the mean of abar_t |ε_fake - ε|², or of |ε_fake - ε|².
     """
     tables, kind = read_schedule(schedule, predict)
     if null is not None and cond is not None:
@@ -206,7 +209,7 @@ def fake_score_loss(
         gone = (torch.rand(len(cond), generator=generator, device=device) < drop).to(cond.device)
         cond = torch.where(gone.view(-1, *[1] * (cond.ndim - 1)), null, cond)
     errors = denoising_loss(_eps(fake, tables, kind, cond), x0.detach(), t, noise, tables, reduction="none")
-    return (expand(tables.abar, t, errors) * errors).mean()
+    return (expand(tables.abar, t, errors) * errors if weighted else errors).mean()
 
 
 def noise_kl(eps: Tensor, *, reduction: str = "sum") -> Tensor:

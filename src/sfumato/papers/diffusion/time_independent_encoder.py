@@ -37,6 +37,8 @@ from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.data.batch import Batch
 from sfumato.data.samples import digits
 from sfumato.diffusion import (
+    Schedule,
+    beta_schedule,
     ddim_coefficients,
     fake_score_loss,
     noise_kl,
@@ -55,7 +57,25 @@ from sfumato.nn.at_rest import eval_mode
 from sfumato.papers.diffusion.ddpm import DDPM
 from sfumato.probes import train_judge
 
+TIMES = (751, 501, 251, 1)
+"""The paper's, on Stable Diffusion's schedule."""
+
 NO_TEACHER = "a student needs a trained teacher: sfumato train time-independent-encoder --data WHERE --init runs/ddpm/STAMP"
+
+
+def paper_times(schedule: Schedule) -> tuple[int, ...]:
+    """The times of a schedule that are as noisy as the paper's four: its numbers are of Stable Diffusion's schedule.
+
+    On DDPM's linear schedule time 751 keeps a quarter of that signal: one step from there to the picture multiplies what the
+    network errs by 17 instead of 4.
+
+    >>> from sfumato.diffusion import Schedule, beta_schedule
+    >>> paper_times(Schedule(beta_schedule("scaled_linear"))), paper_times(Schedule(beta_schedule("linear")))
+    ((751, 501, 251, 1), (532, 354, 194, 8))
+    """
+    wanted = Schedule(beta_schedule("scaled_linear")).sigma[list(TIMES)].log()
+    near = (wanted[:, None] - schedule.sigma.log()).abs().argmin(1)
+    return tuple(dict.fromkeys(near.tolist()))  # a schedule of few times may have fewer than four of them
 
 
 class TiUE(Method):
@@ -67,15 +87,17 @@ class TiUE(Method):
         steps: int = Field(65_625, gt=0, description="optimizer steps of the student, and as many of the fake score")
         batch_size: int = Field(64, gt=0, description="pictures that the student draws a step")
         clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; None: no clipping")
-        decoder_times: tuple[int, ...] = Field(
-            (751, 501, 251, 1), min_length=1, description="times of the decoders, noisiest first; the encoder's is the first one"
-        )
+        decoder_times: tuple[int, ...] | None = Field(
+            None, min_length=1, description="times of the decoders, noisiest first; the encoder's is the first one; None: those of "
+            "the teacher that are as noisy as 751, 501, 251 and 1 of Stable Diffusion",
+        )  # fmt: skip
         kl_weight: float = Field(
             0.8, ge=0, description="weight of a picture's KL, summed over its noise maps; 0.8: 0.1 of the sum over a batch of 8"
         )
         vsd_range: tuple[float, float] = Field((0.02, 0.981), description="times that scores are compared at, shares of all")
         lr: float = Field(1e-6, gt=0, description="Adam's learning rate for the student")
         fake_lr: float = Field(1e-3, gt=0, description="Adam's learning rate for the fake score")
+        fake_weighted: bool = Field(True, description="weigh the fake score's errors by abar_t, as released; false: all times alike")
         rank: int | None = Field(64, gt=0, description="of the fake score's change of the teacher (LoRA); None: all weights")
         alpha: float = Field(108.0, gt=0, description="that change is multiplied by alpha / rank")
         ema: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights that samples are drawn with")
@@ -103,7 +125,8 @@ class TiUE(Method):
         self.vsd_times = max(0, round(low * count)), min(count, round(high * count))
         if not self.vsd_times[0] < self.vsd_times[1]:
             raise BadSetting(f"vsd_range={c.vsd_range} holds none of {count} times: give shares such as (0.02, 0.981)")
-        ddim_coefficients(self.base.schedule, c.decoder_times)  # refuses times that no sampler takes
+        self.decoder_times = paper_times(self.base.schedule) if c.decoder_times is None else c.decoder_times
+        ddim_coefficients(self.base.schedule, self.decoder_times)  # refuses times that no sampler takes
         self._drawn: list[Tensor] = []
         self._told: dict[str, Tensor] = {}
 
@@ -158,7 +181,7 @@ class TiUE(Method):
         return torch.randn((n, *self.base.shape), generator=generator, device=device).to(self.device)
 
     def _decoded(self, net: nn.Module, z: Tensor) -> SharedEncoderSample:
-        times, kind = self.config.decoder_times, self.base.config.predict
+        times, kind = self.decoder_times, self.base.config.predict
         return shared_encoder_sample(net, z, None, self.base.schedule, times=times, predict=kind)
 
     def steps(self, ctx: Context) -> Generator[Step, Result, None]:
@@ -184,7 +207,8 @@ class TiUE(Method):
         x0, schedule = self._drawn.pop(0), self.base.schedule
         t = uniform_t(len(x0), len(schedule), generator=ctx.generator).to(x0.device)
         noise = torch.randn(x0.shape, generator=ctx.generator, device=x0.device, dtype=x0.dtype)
-        value = fake_score_loss(x0, self.fake, schedule, t, noise, predict=self.base.config.predict)
+        predict, weighted = self.base.config.predict, self.config.fake_weighted
+        value = fake_score_loss(x0, self.fake, schedule, t, noise, weighted=weighted, predict=predict)
         return Loss(value, len(x0), dict(self._told))
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
