@@ -56,6 +56,21 @@ def test_masks_learn_the_model_does_not_and_saved_it_draws_the_same(ddpm, tmp_pa
         MaskUNet.init_from(MaskUNet.Config.small(hidden=16), again)
 
 
+@pytest.mark.parametrize(("decay", "last"), [("none", 1.0), ("cosine", 0.5)])
+def test_the_rate_stays_as_the_authors_have_it_or_falls(ddpm, decay, last):
+    method, rates = _over(ddpm, steps=2, decay=decay), []
+    build = method.optimizers
+
+    def optimizers():
+        built = build()
+        built["net"].register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+        return built
+
+    method.optimizers = optimizers
+    fit(method, digits()[0].x[:64], progress=False)
+    assert rates == pytest.approx([1e-3, last * 1e-3])
+
+
 def test_held_out_errors_with_and_without_masks(ddpm):
     x = digits()[1].x[:40]
     found = _over(ddpm).evaluate([Batch(x, torch.arange(40))])

@@ -11,7 +11,8 @@ Source: Lei Wang, Senmao Li, Fei Yang, Jianye Wang, Ziheng Zhang, Yuhan Liu, Yax
 Masking Diffusion Models for Enhancing Generation Ability", CVPR 2025 (arXiv 2505.03097).
 
 >>> import torch
->>> from sfumato.papers.diffusion.ddpm import DDPM
+>>> from sfumato.optim import cosine_warmup
+from sfumato.papers.diffusion.ddpm import DDPM
 >>> from sfumato.papers.diffusion.maskunet import MaskUNet
 >>> ddpm = DDPM(DDPM.Config.small(channels=1, image_size=8, width=8, attn_at=(1,)))
 >>> method = MaskUNet.init_from(MaskUNet.Config.small(sample_steps=2), ddpm)
@@ -22,7 +23,7 @@ torch.Size([3, 1, 8, 8])
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, Literal
 
 import torch
@@ -37,8 +38,9 @@ from sfumato.data.samples import digits
 from sfumato.diffusion import Schedule, convert, denoising_loss, sample_ddim, uniform_t
 from sfumato.diffusion.samplers import Callback, Model
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
-from sfumato.method import Context, Loss, Method, MethodConfig
+from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.metrics import frechet_features
+from sfumato.optim import cosine_warmup
 from sfumato.papers.diffusion.ddpm import DDPM
 from sfumato.probes import train_judge
 from sfumato.sparsity import MaskedUNet, keep_logit
@@ -69,6 +71,7 @@ class MaskUNet(Method):
         draw_masks: bool = Field(True, description="draw masks while sampling too; false: keep what is likelier kept than 63 %")
         lr: float = Field(1e-5, gt=0, description="AdamW's learning rate")
         weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
+        decay: Literal["none", "cosine"] = Field("none", description="of the learning rate over the training; cosine: to 0")
         sample_steps: int = Field(50, gt=0, description="network calls for a sample")
         eta: float = Field(0.0, ge=0, le=1, description="noise while sampling; 0: DDIM, 1: ancestral")
         ddpm: dict[str, Any] | None = Field(None, description="how the diffusion model is built; fills itself in")
@@ -76,7 +79,7 @@ class MaskUNet(Method):
         @classmethod
         def small(cls, **over: Any) -> Self:
             """For a small model on two cores: a minute."""
-            return cls(**{"steps": 600, "batch_size": 64, "lr": 1e-3, **over})
+            return cls(**{"steps": 600, "batch_size": 64, "lr": 1e-3, "decay": "cosine", **over})
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
@@ -124,6 +127,12 @@ class MaskUNet(Method):
         self.masked.unet.eval()
         self.masked.sample = mode or self.config.draw_masks
         return self
+
+    def steps(self, ctx: Context) -> Generator[Step, Result, None]:
+        """One step, at the rate of its time."""
+        if self.config.decay == "cosine":
+            ctx.scale_lr(cosine_warmup(ctx.progress, warmup=0.0))
+        yield Step("net", (self.loss,))
 
     def loss(self, batch: Batch, ctx: Context) -> Loss:
         """The error of the masked model at one random time a picture.
@@ -297,7 +306,7 @@ def rewarded_model(
 # Claims
 
 BASE = {"channels": 1, "image_size": 8, "width": 16, "attn_at": (0, 1), "batch_size": 32}
-BASE_STEPS, MASK_STEPS = 500, 300
+BASE_STEPS, MASK_STEPS, BATCH = 500, 300, 32
 TIMES, DRAWN = 10, 200
 """Times that held-out errors are taken at; samples drawn to see how far they are from digits."""
 
@@ -331,25 +340,24 @@ def _base(lab: Lab) -> tuple[Batch, Batch, DDPM]:
 def learned_masks(lab: Lab) -> Figures:
     """Mean squared error of the predicted noise on held-out digits, and the Fréchet distance of samples by a small classifier."""
     train, test, ddpm = _base(lab)
-    unet, schedule, steps = ddpm.average.module, ddpm.schedule, lab.steps(MASK_STEPS)
-    arms: dict[str, nn.Module] = {"frozen": unet}
+    unet, schedule, steps, arms = ddpm.average.module, ddpm.schedule, lab.steps(MASK_STEPS), dict[str, nn.Module]()
     for arm, by in {"masks": "sample", "static mask": "static", "masks by time": "time"}.items():
-        config = MaskUNet.Config.small(by=by, batch_size=32)
-        arms[arm] = lab.fit(MaskUNet.init_from(config, ddpm), train, steps=steps).masked
-    x0, masked, random = 2 * test.x - 1, arms["masks"], MaskedUNet(unet, by="free")
+        method = MaskUNet.init_from(MaskUNet.Config.small(by=by, batch_size=BATCH), ddpm)
+        arms[arm] = lab.fit(method, train, steps=steps).masked
+    x0, generator, masked, random = 2 * test.x - 1, lab.generator, arms["masks"], MaskedUNet(unet, by="free")
     assert isinstance(masked, MaskedUNet)
-    t = uniform_t(len(x0), len(schedule), generator=lab.generator)
-    noisy = schedule.q_sample(x0, t, torch.randn(x0.shape, generator=lab.generator))
-    kept = masked.density(noisy, t, generator=lab.generator)
+    t = uniform_t(len(x0), len(schedule), generator=generator)
+    kept = masked.density(schedule.q_sample(x0, t, torch.randn(x0.shape, generator=generator)), t, generator=generator)
     for logits, share in zip(random.mask_parameters(), kept.values(), strict=True):
         logits.data.fill_(float(keep_logit(share)))
-    arms |= {"random masks": random, "fine-tuned layers": _fine_tuned(ddpm, train, config, lab)}
+    arms |= {"frozen": unet, "random masks": random, "fine-tuned layers": _fine_tuned(ddpm, train, lab)}
     features, figures = _judge(train, lab)[:-1], {}
     for arm, net in arms.items():
-        start, model = torch.randn(DRAWN, *ddpm.shape, generator=lab.generator), _model(net, lab.generator)
-        drawn = sample_ddim(model, start, schedule, steps=10, clip=True).add(1).div(2)
+        generator = lab.generator  # all arms begin at the same noise; masks are drawn after it
+        start = torch.randn(DRAWN, *ddpm.shape, generator=generator)
+        drawn = sample_ddim(_model(net, generator), start, schedule, steps=10, clip=True).add(1).div(2)
         distance = frechet_features(features(drawn), features(test.x))
-        figures[arm] = {"noise error": _held_out(net, x0, schedule, lab), "frechet_small": float(distance)}
+        figures[arm] = {"noise error": _held_out(net, x0, schedule, lab.generator), "frechet_small": float(distance)}
         lab.picture(arm, drawn[:16])
     figures["masks"] |= {"weights kept": sum(kept.values()) / len(kept), "parameters": _count(masked.mask_parameters())}
     figures["fine-tuned layers"]["parameters"] = _count(masked.gated_weights.values())
@@ -368,26 +376,28 @@ def _count(tensors: Iterable[Tensor]) -> float:
 
 
 @torch.no_grad()
-def _held_out(net: nn.Module, x0: Tensor, schedule: Schedule, lab: Lab) -> float:
-    """Over times from low noise to high, at noise that all arms share."""
-    noise, model = torch.randn(x0.shape, generator=lab.generator), _model(net, lab.generator)
+def _held_out(net: nn.Module, x0: Tensor, schedule: Schedule, generator: torch.Generator) -> float:
+    """Over times from low noise to high, at noise that all arms share; masks are drawn after it."""
+    noise, model = torch.randn(x0.shape, generator=generator), _model(net, generator)
     times = torch.linspace(0, len(schedule) - 1, TIMES).long()
     return float(torch.stack([denoising_loss(model, x0, t.expand(len(x0)), noise, schedule) for t in times]).mean())
 
 
-def _fine_tuned(ddpm: DDPM, train: Batch, config: Any, lab: Lab) -> nn.Module:
-    """A copy in which the weights that masks would act on have learned instead, by the masks' optimizer."""
-    masked, generator = MaskedUNet(copy.deepcopy(ddpm.average.module)), lab.generator
-    net, weights = masked.unet, [w.requires_grad_() for w in masked.gated_weights.values()]
+def _fine_tuned(ddpm: DDPM, train: Batch, lab: Lab) -> nn.Module:
+    """A copy in which the weights that masks would act on have learned instead, as masks do."""
+    masked, generator, config = MaskedUNet(copy.deepcopy(ddpm.average.module)), lab.generator, MaskUNet.Config.small()
+    net, weights, steps = masked.unet, [w.requires_grad_() for w in masked.gated_weights.values()], lab.steps(MASK_STEPS)
     optimizer = torch.optim.AdamW(weights, config.lr, weight_decay=config.weight_decay)
-    for _ in range(lab.steps(MASK_STEPS)):
-        x0 = 2 * train.x[torch.randint(len(train), (config.batch_size,), generator=generator)] - 1
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_warmup(step / steps, warmup=0.0))
+    for _ in range(steps):
+        x0 = 2 * train.x[torch.randint(len(train), (BATCH,), generator=generator)] - 1
         t = uniform_t(len(x0), len(ddpm.schedule), generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
         optimizer.zero_grad()
         denoising_loss(_model(net, generator), x0, t, noise, ddpm.schedule).backward()
         nn.utils.clip_grad_norm_(weights, config.clip_norm)
         optimizer.step()
+        falling.step()
     return net
 
 
@@ -408,7 +418,8 @@ def rewarded_masks(lab: Lab) -> Figures:
     """Mean log-probability of the digit asked for, at the end of sampling."""
     train, _, ddpm = _base(lab)
     judge, schedule = _judge(train, lab), ddpm.schedule
-    masked, noises, generator = MaskedUNet(ddpm.average.module, by="free"), lab.generator, lab.generator
+    masked, generator = MaskedUNet(ddpm.average.module, by="free"), lab.generator
+    starts = torch.randn(DIGITS, PER_DIGIT, *ddpm.shape, generator=generator)
     rewards, shown, kept = dict[str, list[Tensor]](), dict[str, list[Tensor]](), list[Tensor]()
 
     def decode(x0: Tensor) -> Tensor:
@@ -416,8 +427,7 @@ def rewarded_masks(lab: Lab) -> Figures:
         kept.append(1 - torch.exp(-logits.exp()).mean())
         return (x0 + 1) / 2
 
-    for digit in range(DIGITS):
-        start = torch.randn(PER_DIGIT, *ddpm.shape, generator=noises)
+    for digit, start in enumerate(starts):
 
         def reward(pictures: Tensor, digit: int = digit) -> Tensor:
             return F.log_softmax(judge(pictures), 1)[:, digit]
