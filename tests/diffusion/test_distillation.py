@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,8 @@ def test_kl_of_noise_maps():
     assert torch.allclose(V["lambda_kl"] * noise_kl(V["eps_stack"]), V["kl"], atol=1e-6)
     map_ = torch.tensor([[-1.0, 1.0]]) / 2**0.5  # mean 0, unbiased variance 1
     assert noise_kl(map_).abs() < 1e-7
-    assert noise_kl(map_ + 0.1) > 1e-3
+    assert noise_kl(map_ + 0.1).item() == pytest.approx(0.1**2 / 2, rel=1e-4)
+    assert noise_kl(2 * map_).item() == pytest.approx((4 - 1 - math.log(4)) / 2, rel=1e-5)
     n = 200
     values = noise_kl(_noise(4000, n), reduction="none")
     assert values.mean().item() == pytest.approx(1 / n, rel=0.1)
