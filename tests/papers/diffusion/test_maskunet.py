@@ -82,6 +82,16 @@ def test_held_out_errors_with_and_without_masks(ddpm):
     found = method.evaluate([Batch(x, torch.arange(40))])
     assert found["error with masks"] != pytest.approx(found["error without"], rel=1e-3)
     assert found["weights kept"] < 1
+    for block in method.masked.masks:  # all open but one wide layer, which counts by its weights
+        for name, p in block.named_parameters():
+            p.data.fill_(5.0 if name.endswith(("in_bias", "out_bias")) else 0.0)
+    names = list(method.masked.gated_weights)
+    method.masked.masks[0].adapters[0].in_bias.data.fill_(-9.0)
+    sizes = [weight.numel() for weight in method.masked.gated_weights.values()]
+    kept = method.evaluate([Batch(x, torch.arange(40))])["weights kept"]
+    assert names[0].startswith("up_blocks.0")
+    assert kept == pytest.approx(1 - sizes[0] / sum(sizes), abs=1e-3)
+    assert kept != pytest.approx(1 - 1 / len(sizes), abs=1e-2)
     method = MaskUNet.init_from(method.config.model_copy(update={"draw_masks": False}), method).eval()
     start, model = torch.randn(2, 1, 8, 8, generator=_seeded()), method.model
     t = torch.full((2,), 500)

@@ -168,7 +168,7 @@ class MaskUNet(Method):
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Errors on held-out pictures with and without masks at the same times and noise, and the share of weights kept."""
         generator = torch.Generator(self.device).manual_seed(0)
-        errors, count, kept = torch.zeros(2, dtype=torch.float64), 0, []
+        errors, count, kept = torch.zeros(2, dtype=torch.float64), 0, 1.0
         for batch in batches:
             x0 = self._pictures(batch).to(self.device)
             t = uniform_t(len(x0), len(self.schedule), generator=generator).to(x0.device)
@@ -176,12 +176,12 @@ class MaskUNet(Method):
             both = [self._error(self.model(generator, masks=masks), x0, t, noise) for masks in (True, False)]
             errors += len(x0) * torch.stack(both).cpu().double()
             if not count:
-                kept = list(self.masked.density(self.schedule.q_sample(x0, t, noise), t, generator=generator).values())
+                kept = _kept(self.masked, self.masked.density(self.schedule.q_sample(x0, t, noise), t, generator=generator))
             count += len(x0)
         if not count:
             return {}
         with_masks, without = (errors / count).tolist()
-        return {"error with masks": with_masks, "error without": without, "weights kept": sum(kept) / len(kept)}
+        return {"error with masks": with_masks, "error without": without, "weights kept": kept}
 
     @property
     def trajectory_steps(self) -> int:
@@ -217,6 +217,12 @@ class MaskUNet(Method):
         state, n = generator.get_state(), len(batch.x)
         masked = self.sample(n, generator)
         return {"with masks": masked, "without": self.sample(n, generator.set_state(state), masks=False)}
+
+
+def _kept(masked: MaskedUNet, shares: dict[str, float]) -> float:
+    """Of all masked weights together, from the shares of the layers."""
+    sizes = {name: weight.numel() for name, weight in masked.gated_weights.items()}
+    return sum(share * sizes[name] for name, share in shares.items()) / sum(sizes.values())
 
 
 NO_MODEL = "masks are learned for a trained model: sfumato train maskunet --data WHERE --init runs/ddpm/STAMP"
@@ -359,7 +365,7 @@ def learned_masks(lab: Lab) -> Figures:
         distance = frechet_features(features(drawn), features(test.x))
         figures[arm] = {"noise error": _held_out(net, x0, schedule, lab.generator), "frechet_small": float(distance)}
         lab.picture(arm, drawn[:16])
-    figures["masks"] |= {"weights kept": sum(kept.values()) / len(kept), "parameters": _count(masked.mask_parameters())}
+    figures["masks"] |= {"weights kept": _kept(masked, kept), "parameters": _count(masked.mask_parameters())}
     figures["fine-tuned layers"]["parameters"] = _count(masked.gated_weights.values())
     return figures
 
