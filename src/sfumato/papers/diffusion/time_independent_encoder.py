@@ -107,7 +107,7 @@ class TiUE(Method):
         def small(cls, **over: Any) -> Self:
             """A small teacher on two cores, in minutes; all weights of the fake score move, and soon enough to follow the student."""
             small = {
-                "steps": 800, "lr": 1e-4, "fake_lr": 2e-3, "fake_weighted": False, "rank": None, "kl_weight": 0.64, "ema": 0.98,
+                "steps": 800, "lr": 1e-4, "fake_lr": 4e-3, "fake_weighted": False, "rank": None, "kl_weight": 0.64, "ema": 0.98,
             }  # fmt: skip
             return cls(**{**small, **over})
 
