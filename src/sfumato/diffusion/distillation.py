@@ -76,8 +76,8 @@ def shared_encoder_sample(
             then its spacing, its last step and its kind of prediction hold.
         steps: decoders (K).
         parallel: all decoders in one batch; False: one after the other, the same pictures with less memory.
-        times: the K times instead, noisiest first; `steps` is not looked at. The paper's first one keeps a quarter of the signal: the
-            less it keeps, the more every error of the network counts in the picture.
+        times: the K times instead, noisiest first; `steps` is not looked at. The paper's first one keeps a quarter of the
+            signal: the less it keeps, the more every error of the network counts in the picture.
         predict: what the network gives; None: what the scheduler says, else "eps".
 
     Returns:
@@ -197,8 +197,8 @@ def fake_score_loss(
         noise: standard normal, like `x0`.
         null: as for `vsd_loss`; None: `cond` is never dropped.
         drop: share of the conditions that `null` takes the place of.
-        weighted: times abar_t, as the authors have it; False: the plain error (ProlificDreamer), with which a fake score that begins as
-            the teacher follows sooner at the noisy times, where `vsd_loss` weighs most.
+        weighted: times abar_t, as the authors have it; False: the plain error (ProlificDreamer), with which a small fake score
+            follows sooner at noisy times.
         generator: source of which.
 
     Returns:

@@ -4,8 +4,8 @@
 
 The U-Net stays as it was trained; a small generator a block of the way up chooses its gates (`sfumato.sparsity.MaskedUNet`).
 Without training: one logit a weight, moved at every late sampling step towards what a reward makes of the guess of the clean
-picture, then forgotten (`rewarded_model`). The parts take any UNet2DModel or UNet2DConditionModel of diffusers; the method here
-masks a DDPM run.
+picture, then forgotten (`sfumato.sparsity.rewarded_model`). The parts take any UNet2DModel or UNet2DConditionModel of diffusers;
+the method here masks a DDPM run.
 
 Source: Lei Wang, Senmao Li, Fei Yang, Jianye Wang, Ziheng Zhang, Yuhan Liu, Yaxing Wang, Jian Yang, "Not All Parameters Matter:
 Masking Diffusion Models for Enhancing Generation Ability", CVPR 2025 (arXiv 2505.03097).
@@ -35,7 +35,7 @@ from typing_extensions import Self
 from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.data.batch import Batch
 from sfumato.data.samples import digits
-from sfumato.diffusion import Schedule, convert, denoising_loss, sample_ddim, uniform_t
+from sfumato.diffusion import Schedule, denoising_loss, sample_ddim, uniform_t
 from sfumato.diffusion.samplers import Callback, Model
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
@@ -43,7 +43,7 @@ from sfumato.metrics import frechet_features
 from sfumato.optim import cosine_warmup
 from sfumato.papers.diffusion.ddpm import DDPM
 from sfumato.probes import train_judge
-from sfumato.sparsity import MaskedUNet, keep_logit
+from sfumato.sparsity import MaskedUNet, keep_logit, rewarded_model
 from sfumato.sparsity.weight_gates import ATTENTION
 
 
@@ -227,88 +227,6 @@ def _kept(masked: MaskedUNet, shares: dict[str, float]) -> float:
 
 NO_MODEL = "masks are learned for a trained model: sfumato train maskunet --data WHERE --init runs/ddpm/STAMP"
 
-# Without training
-
-Reward = Callable[[Tensor], Tensor]
-"""What pictures `[B, C, H, W]` are worth, `[B]`; differentiable, higher is better."""
-
-
-def optimise_masks(
-    step: Callable[[], tuple[Any, Tensor]], masked: MaskedUNet, reward: Reward, *, iters: int = 10, lr: float = 1e-2
-) -> Any:
-    """Move gates towards a reward at one sampling step; afterwards they are what they were.
-
-    Args:
-        step: runs the network once, with new gates, and gives whatever sampling goes on with, and the guess of the clean
-            pictures `[B, C, H, W]` as the reward wants them.
-        masked: whose `mask_parameters` are moved, by AdamW.
-        reward: its mean over the pictures rises.
-        iters: calls of `step`; with 1 nothing is moved.
-        lr: learning rate.
-
-    Returns:
-        What the last call of `step` gave, detached if a tensor.
-    """
-    parameters = masked.mask_parameters()
-    before = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr)
-    try:
-        for _ in range(iters - 1):
-            with torch.enable_grad():
-                loss = -reward(step()[1]).mean()
-            for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                p.grad = gradient
-            optimizer.step()
-        with torch.no_grad():
-            return step()[0]
-    finally:
-        with torch.no_grad():
-            for p, value in zip(parameters, before, strict=True):
-                p.copy_(value)
-                p.grad = None
-
-
-def rewarded_model(
-    masked: MaskedUNet,
-    reward: Reward,
-    schedule: Schedule,
-    *,
-    iters: int = 10,
-    early: int = 7,
-    lr: float = 1e-2,
-    predict: str = "eps",
-    decode: Callable[[Tensor], Tensor] = lambda x0: (x0 + 1) / 2,
-    generator: torch.Generator | None = None,
-) -> Model:
-    """A model for any sampler, whose gates are moved towards a reward at every late call. It counts its calls: for one run.
-
-    Args:
-        masked: with `by="free"`: one logit a weight, shared by the pictures of a batch.
-        reward: of the guess of the clean pictures.
-        schedule: of the sampler.
-        iters: network calls at a late step.
-        early: steps at the beginning that take one call; the authors' 7 of 15.
-        lr: learning rate of the logits.
-        predict: what the network predicts.
-        decode: from the guess to what the reward takes; a latent model's decoder, or by default from [-1, 1] to [0, 1].
-        generator: source of the gates.
-    """
-    calls = 0
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-
-        def step() -> tuple[Tensor, Tensor]:
-            out: Tensor = masked(x, t, generator=generator).sample
-            return out, decode(convert(out, x, t, schedule, source=predict, target="x0"))
-
-        out: Tensor = optimise_masks(step, masked, reward, iters=iters if calls > early else 1, lr=lr)
-        return out
-
-    return model
-
-
 # Claims
 
 BASE = {"channels": 1, "image_size": 8, "width": 16, "attn_at": (0, 1), "batch_size": 32}
@@ -391,7 +309,8 @@ def _held_out(net: nn.Module, x0: Tensor, schedule: Schedule, generator: torch.G
 
 def _fine_tuned(ddpm: DDPM, train: Batch, lab: Lab) -> nn.Module:
     """A copy in which the weights that masks would act on have learned instead, as masks do."""
-    masked, generator, config = MaskedUNet(copy.deepcopy(ddpm.average.module)), lab.generator, MaskUNet.Config.small()
+    masked, generator = MaskedUNet(copy.deepcopy(ddpm.average.module)), lab.generator
+    config: Any = MaskUNet.Config.small()
     net, weights, steps = masked.unet, [w.requires_grad_() for w in masked.gated_weights.values()], lab.steps(MASK_STEPS)
     optimizer = torch.optim.AdamW(weights, config.lr, weight_decay=config.weight_decay)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_warmup(step / steps, warmup=0.0))

@@ -88,8 +88,8 @@ class TiUE(Method):
         batch_size: int = Field(64, gt=0, description="pictures that the student draws a step")
         clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; None: no clipping")
         decoder_times: tuple[int, ...] | None = Field(
-            None, min_length=1, description="times of the decoders, noisiest first; the encoder's is the first one; None: those of "
-            "the teacher that are as noisy as 751, 501, 251 and 1 of Stable Diffusion",
+            None, min_length=1, description="times of the decoders, noisiest first; the encoder's is the first one; None: as "
+            "noisy as 751, 501, 251 and 1 of Stable Diffusion",
         )  # fmt: skip
         kl_weight: float = Field(
             0.8, ge=0, description="weight of a picture's KL, summed over its noise maps; 0.8: 0.1 of the sum over a batch of 8"
@@ -97,7 +97,7 @@ class TiUE(Method):
         vsd_range: tuple[float, float] = Field((0.02, 0.981), description="times that scores are compared at, shares of all")
         lr: float = Field(1e-6, gt=0, description="Adam's learning rate for the student")
         fake_lr: float = Field(1e-3, gt=0, description="Adam's learning rate for the fake score")
-        fake_weighted: bool = Field(True, description="weigh the fake score's errors by abar_t, as released; false: all times alike")
+        fake_weighted: bool = Field(True, description="weigh the fake score's errors by abar_t, as released; false: all alike")
         rank: int | None = Field(64, gt=0, description="of the fake score's change of the teacher (LoRA); None: all weights")
         alpha: float = Field(108.0, gt=0, description="that change is multiplied by alpha / rank")
         ema: float = Field(0.9999, ge=0, lt=1, description="decay of the averaged weights that samples are drawn with")
@@ -105,7 +105,7 @@ class TiUE(Method):
 
         @classmethod
         def small(cls, **over: Any) -> Self:
-            """A small teacher on two cores, in minutes; all weights of the fake score move, and soon enough to follow the student."""
+            """A small teacher on two cores, in minutes; the fake score moves all its weights, fast enough to follow."""
             small = {
                 "steps": 800, "lr": 1e-4, "fake_lr": 4e-3, "fake_weighted": False, "rank": None, "kl_weight": 0.64, "ema": 0.98,
             }  # fmt: skip
@@ -357,8 +357,8 @@ def _in_turn(runs: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, f
 
 
 @claim(
-    "Without a picture to learn from, a student with one pass of the encoder and four decoders comes to draw better pictures than "
-    "it began with, and than a one-step student that trained as long; the KL of its noise maps makes them more diverse",
+    "Without a picture to learn from, a student with one pass of the encoder and four decoders comes to draw better pictures "
+    "than it began with, and than a one-step student that trained as long; the KL of its noise maps makes them more diverse",
     Better("Fréchet distance", "shared encoder", over="shared encoder, untrained", higher=False),
     Better("Fréchet distance", "shared encoder", over="one step", higher=False),
     Better("recall", "shared encoder", over="without KL"),
