@@ -11,8 +11,7 @@ Source: Lei Wang, Senmao Li, Fei Yang, Jianye Wang, Ziheng Zhang, Yuhan Liu, Yax
 Masking Diffusion Models for Enhancing Generation Ability", CVPR 2025 (arXiv 2505.03097).
 
 >>> import torch
->>> from sfumato.optim import cosine_warmup
-from sfumato.papers.diffusion.ddpm import DDPM
+>>> from sfumato.papers.diffusion.ddpm import DDPM
 >>> from sfumato.papers.diffusion.maskunet import MaskUNet
 >>> ddpm = DDPM(DDPM.Config.small(channels=1, image_size=8, width=8, attn_at=(1,)))
 >>> method = MaskUNet.init_from(MaskUNet.Config.small(sample_steps=2), ddpm)
