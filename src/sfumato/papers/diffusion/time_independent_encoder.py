@@ -363,14 +363,14 @@ def _in_turn(runs: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, f
     Better("Fréchet distance", "shared encoder", over="one step", higher=False),
     Better("recall", "shared encoder", over="without KL"),
     seeds=range(100, 105),
-    note="8 x 8 digits, noised by Stable Diffusion's schedule, on which the paper's times are what they are there; a teacher of 700 "
-    "steps of 32 pictures, students of 800 steps of 16. All begin as the teacher; the one-step student's time is the first of the "
-    "four. The rates, and a fake score whose errors count alike at all times, were chosen on a development seed by what both kinds "
-    "of student gained. The KL's weight is the paper's by its force on true noise: the mean and variance of a map of 64 numbers "
-    "stray 16 times as far from 0 and 1 as those of one of 16384. Fréchet distance and recall (third neighbour) in the features of "
-    "a small classifier, 500 samples against the training pictures. Beside them: the teacher's own 4 and 20 steps, and the "
-    "students before training. On that seed one step came from 64 to 10.3, four decoders without the KL from 29 to 9.6, the "
-    "teacher's own 4 steps being at 12.4 and its 20 at 5.0.",
+    note="8 x 8 digits, noised by Stable Diffusion's schedule, on which the paper's times are what they are there; a teacher of "
+    "700 steps of 32 pictures, students of 800 steps of 16. All begin as the teacher; the one-step student's time is the "
+    "first of the four. The rates, and a fake score whose errors count alike at all times, were chosen on a development "
+    "seed by what both kinds of student gained. The KL's weight is the paper's by its force on true noise: the mean and "
+    "variance of a map of 64 numbers stray 16 times as far from 0 and 1 as those of one of 16384. Fréchet distance and "
+    "recall (third neighbour) in the features of a small classifier, 500 samples against the training pictures. Beside "
+    "them: the teacher's own 4 and 20 steps, and the students before training. On that seed one step came from 64 to 10.3, "
+    "four decoders without the KL from 29 to 9.6, the teacher's own 4 steps being at 12.4 and its 20 at 5.0.",
 )
 def distillation(lab: Lab) -> Figures:
     """Each student's pictures, and the teacher's, seen through a classifier."""
