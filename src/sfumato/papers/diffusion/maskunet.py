@@ -263,7 +263,8 @@ def _base(lab: Lab) -> tuple[Batch, Batch, DDPM]:
 def learned_masks(lab: Lab) -> Figures:
     """Mean squared error of the predicted noise on held-out digits, and the Fréchet distance of samples by a small classifier."""
     train, test, ddpm = _base(lab)
-    unet, schedule, steps, arms = ddpm.average.module, ddpm.schedule, lab.steps(MASK_STEPS), dict[str, nn.Module]()
+    unet, schedule, steps = ddpm.average.module, ddpm.schedule, lab.steps(MASK_STEPS)
+    arms: dict[str, nn.Module] = {"frozen": unet}
     for arm, by in {"masks": "sample", "static mask": "static", "masks by time": "time"}.items():
         method = MaskUNet.init_from(MaskUNet.Config.small(by=by, batch_size=BATCH), ddpm)
         arms[arm] = lab.fit(method, train, steps=steps).masked
@@ -273,7 +274,7 @@ def learned_masks(lab: Lab) -> Figures:
     kept = masked.density(schedule.q_sample(x0, t, torch.randn(x0.shape, generator=generator)), t, generator=generator)
     for logits, share in zip(random.mask_parameters(), kept.values(), strict=True):
         logits.data.fill_(float(keep_logit(share)))
-    arms |= {"frozen": unet, "random masks": random, "fine-tuned layers": _fine_tuned(ddpm, train, lab)}
+    arms |= {"random masks": random, "fine-tuned layers": _fine_tuned(ddpm, train, lab)}
     features, figures = _judge(train, lab)[:-1], {}
     for arm, net in arms.items():
         generator = lab.generator  # all arms begin at the same noise; masks are drawn after it
