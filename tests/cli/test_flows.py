@@ -149,7 +149,8 @@ def test_the_resolved_line_trains_the_same_again(sfumato, tmp_path):
 def test_runs_are_listed_shown_and_removed(sfumato, tmp_path):
     assert "no runs" in sfumato("runs").err
     words = ["train", "mae", "--data", "sample:digits", "--device", "cpu", "--steps", "2", *ENCODER]
-    assert sfumato(*words).code == 0
+    trained = sfumato(*words)
+    assert trained.code == 0
     listed = json.loads(sfumato("runs", "ls", "--json").out)
     assert [r["state"] for r in listed] == ["done"]
     assert listed[0]["step"] == 2
@@ -159,6 +160,7 @@ def test_runs_are_listed_shown_and_removed(sfumato, tmp_path):
     again = sfumato("train", "--resume", listed[0]["run"])
     assert again.code == 0
     assert "finished" in again.err
+    assert again.err.splitlines()[-1] == trained.err.splitlines()[-1]  # what to do with it, whatever it can do
     assert sfumato("runs", "rm", listed[0]["run"], "--yes").code == 0
     assert json.loads(sfumato("runs", "ls", "--json").out) == []
     assert sfumato("runs", "rm", tmp_path, "--yes").code == 2

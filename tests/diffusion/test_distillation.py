@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,8 @@ def test_kl_of_noise_maps():
     assert torch.allclose(V["lambda_kl"] * noise_kl(V["eps_stack"]), V["kl"], atol=1e-6)
     map_ = torch.tensor([[-1.0, 1.0]]) / 2**0.5  # mean 0, unbiased variance 1
     assert noise_kl(map_).abs() < 1e-7
-    assert noise_kl(map_ + 0.1) > 1e-3
+    assert noise_kl(map_ + 0.1).item() == pytest.approx(0.1**2 / 2, rel=1e-4)
+    assert noise_kl(2 * map_).item() == pytest.approx((4 - 1 - math.log(4)) / 2, rel=1e-5)
     n = 200
     values = noise_kl(_noise(4000, n), reduction="none")
     assert values.mean().item() == pytest.approx(1 / n, rel=0.1)
@@ -191,23 +193,56 @@ def test_vsd_is_still_where_the_student_draws_what_the_teacher_would_and_where_s
     assert broken == 0
 
 
+def _normal(mean, var, predict="eps"):
+    """What a network knows that has learned all of N(mean, var)."""
+
+    def model(x, t):
+        abar = LINEAR.abar[t].view(-1, 1)
+        eps = (1 - abar).sqrt() * (x - abar.sqrt() * mean) / (abar * var + 1 - abar)
+        return convert(eps, x, t, LINEAR, source="eps", target=predict)
+
+    return model
+
+
 @pytest.mark.parametrize("predict", ["eps", "x0", "v"])
-def test_vsd_moves_samples_of_a_wrong_gaussian_to_the_right_one(predict):
-    """Both scores known: the teacher's data is N(1, 1/4), the student draws N(0, 1)."""
+@pytest.mark.parametrize("t", [20, 300, 900])
+def test_vsd_is_the_gradient_of_the_divergence_between_noisy_gaussians(predict, t):
+    """Of KL(student || teacher) at time t, times (1 - abar)^(3/2) / abar^(1/2): known in closed form where both are normal."""
+    mean, std = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.3, 1.2))
+    u, noise = (torch.tensor(v, dtype=torch.float64)[:, None] for v in ([1, 1, -1, -1], [1, -1, 1, -1]))  # exact to 2nd moments
+    teacher, fake = _normal(1.0, 0.25, predict), _normal(0.3, 1.2**2, predict)
+    vsd_loss(mean + std * u, teacher, fake, LINEAR, torch.full((4,), t), noise, predict=predict).backward()
+    abar = LINEAR.abar[t]
+    here, there = abar * std**2 + 1 - abar, abar * 0.25 + 1 - abar
+    kl = ((there / here).log() + (here + abar * (mean - 1) ** 2) / there - 1) / 2
+    wanted = torch.stack(torch.autograd.grad(kl, (mean, std))) * (1 - abar) ** 1.5 / abar.sqrt()
+    assert torch.allclose(torch.stack((mean.grad, std.grad)), wanted, rtol=1e-6)
 
-    def at(mean, var):
-        def model(x, t):
-            abar = LINEAR.abar[t].view(-1, 1)
-            level = abar * var + 1 - abar
-            eps = (1 - abar).sqrt() * (x - abar.sqrt() * mean) / level
-            return convert(eps, x, t, LINEAR, source="eps", target=predict)
 
-        return model
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_student_and_a_fake_score_that_learn_in_turn_end_where_the_teacher_draws(weighted):
+    """Both linear, which is all that a Gaussian needs: the student begins as N(-1, 1), the teacher's data is N(1, 1/4)."""
+    t, g = torch.full((256,), 300), torch.Generator().manual_seed(0)
+    student = torch.tensor([-1.0, 1.0], dtype=torch.float64, requires_grad=True)
+    score = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    optimizers = torch.optim.Adam([student], 0.01), torch.optim.Adam([score], 0.05)
 
-    x0, t = _noise(4000, 1).requires_grad_(), torch.full((4000,), 300)
-    vsd_loss(x0, at(1.0, 0.25), at(0.0, 1.0), LINEAR, t, _noise(4000, 1, seed=1), predict=predict).backward()
-    assert -x0.grad.mean() > 0  # to the right
-    assert (x0.grad * x0.detach()).mean() > 0  # and closer together
+    def fake(x, t):
+        return score[0] + score[1] * x
+
+    for _ in range(600):
+        z, *noises = (torch.randn(256, 1, generator=g, dtype=torch.float64) for _ in range(3))
+        x0 = student[0] + student[1] * z
+        losses = (
+            vsd_loss(x0, _normal(1.0, 0.25), fake, LINEAR, t, noises[0]),
+            fake_score_loss(x0, fake, LINEAR, t, noises[1], weighted=weighted),
+        )
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert student[0].item() == pytest.approx(1, abs=0.1)
+    assert abs(student[1].item()) == pytest.approx(0.5, abs=0.1)
 
 
 def test_guidance_is_of_both_networks_in_one_batch():
@@ -243,6 +278,7 @@ def test_the_fake_score_learns_the_pictures_noise_weighted_by_their_signal():
     loss.backward()
     assert x0.grad is None
     assert net.conv_out.weight.grad.abs().sum() > 0
+    assert torch.allclose(fake_score_loss(x0, net, LINEAR, t, noise, weighted=False), (eps - noise).square().mean())
     assert fake_score_loss(x0, lambda x, t: noise, LINEAR, t, noise) == 0
 
 

@@ -80,7 +80,8 @@ def resume(path: Path) -> Path | None:
     torch.set_num_threads(config.get("threads", torch.get_num_threads()))
     kind = catalogue.load_method(config["slug"])
     if any(m.get("done") for m in run.metrics()):
-        hint(f"{path} is finished; `sfumato apply {path} PICTURE -o OUT` uses it")
+        hint(f"{path} is finished")
+        tell_next(path, load(path))
         return path
     images = tell_data(open_data(config["data"], "train"))
     last = run.last_checkpoint
@@ -133,14 +134,19 @@ def work(run: Run, method: Method, images: Any, config: dict[str, Any], main: bo
     for name, value in last.get("eval", {}).items():
         say(f"{name}: {value:.4g}")
     say(f"{run.path}  ({last['step']} steps, {last['seconds']:.0f} s)\nreport: {page}")
+    tell_next(run.path, method)
+    return run.path
+
+
+def tell_next(path: Path, method: Method) -> None:
+    """What a trained run is good for, as a command."""
     drawn = "-n 1000 -o points.npz" if draws_points(method) else "-n 64 -o grid.png"
     following = {
         "sample": f"sample {{}} {drawn}", "search": "apply {} designs.npz -o better.npz",
         "edit": "edit {} --direction 0 --strength -3,0,3 -o strip.png",
     }  # fmt: skip
     verb = next(iter(capabilities(method)), "")
-    hint(f"next: sfumato {following.get(verb, 'apply {} PICTURE... -o OUT').format(run.path)}")
-    return run.path
+    hint(f"next: sfumato {following.get(verb, 'apply {} PICTURE... -o OUT').format(path)}")
 
 
 def tell_cost(method: Method, images: Any, options: Options, minutes: float | None) -> None:

@@ -77,7 +77,8 @@ def shared_encoder_sample(
             then its spacing, its last step and its kind of prediction hold.
         steps: decoders (K).
         parallel: all decoders in one batch; False: one after the other, the same pictures with less memory.
-        times: the K times instead, noisiest first; `steps` is not looked at.
+        times: the K times instead, noisiest first; `steps` is not looked at. The paper's first one keeps a quarter of the
+            signal: the less it keeps, the more every error of the network counts in the picture.
         predict: what the network gives; None: what the scheduler says, else "eps".
 
     Returns:
@@ -184,6 +185,7 @@ def fake_score_loss(
     cond: Tensor | None = None,
     null: Tensor | None = None,
     drop: float = 0.1,
+    weighted: bool = True,
     predict: str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -196,16 +198,18 @@ def fake_score_loss(
         noise: standard normal, like `x0`.
         null: as for `vsd_loss`; None: `cond` is never dropped.
         drop: share of the conditions that `null` takes the place of.
+        weighted: times abar_t, as the authors have it; False: the plain error (ProlificDreamer), with which a small fake score
+            follows sooner at noisy times.
         generator: source of which.
 
     Returns:
-        A scalar: the mean of abar_t |ε_fake - ε|².
+        A scalar: the mean of abar_t |ε_fake - ε|², or of |ε_fake - ε|².
     """
     tables, kind = read_schedule(schedule, predict)
     if null is not None and cond is not None:
         cond = drop_condition(cond, null, drop, generator=generator)
     errors = denoising_loss(_eps(fake, tables, kind, cond), x0.detach(), t, noise, tables, reduction="none")
-    return (expand(tables.abar, t, errors) * errors).mean()
+    return (expand(tables.abar, t, errors) * errors if weighted else errors).mean()
 
 
 def noise_kl(eps: Tensor, *, reduction: str = "sum") -> Tensor:
