@@ -100,8 +100,8 @@ def sample_blind(
             break
     if lost.any():
         warnings.warn(
-            f"{int(lost.sum())} of {len(x)} samples diverged, their noise grew beyond sigma_max={sigma_max:g}: take a smaller h0, "
-            "or a denoiser trained at more noise",
+            f"{int(lost.sum())} of {len(x)} samples diverged, their noise grew beyond sigma_max={sigma_max:g}: take a smaller h0,"
+            " or a denoiser trained at more noise",
             stacklevel=2,
         )
     return watch.end(model(x))
