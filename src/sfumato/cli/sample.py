@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfumato.cli.console import hint, say
+from sfumato.cli.console import bar, hint, say
 from sfumato.engine import load
 from sfumato.engine.loading import configure
 from sfumato.errors import BadData, BadSetting
@@ -56,12 +56,14 @@ def sample(
         raise BadSetting(f"{run} does not show its steps, so there is no .gif of them: end {out} in .png")
     generator = torch.Generator(method.device).manual_seed(seed)
     frames: list[list[Tensor]] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), bar("samples", count / (keep or 1)) as advance:
+        draw = _told_of_steps(method, advance)
         if keep is not None:
-            drawn = _steady(method, run, count, keep, window, BATCH[points], generator)
+            drawn = _steady(method, draw, run, count, keep, window, BATCH[points], generator)
         else:
             sizes = [min(BATCH[points], count - i) for i in range(0, count, BATCH[points])]
-            drawn = torch.cat(_filmed(method, sizes, generator, frames) if film else [method.sample(n, generator) for n in sizes])
+            watch = _watch(frames, method.trajectory_steps) if film and isinstance(method, TrajectorySampler) else None
+            drawn = torch.cat([draw(size, generator, callback=watch) for size in sizes])
     _write(drawn.float().cpu(), out, [torch.cat(parts) for parts in zip(*frames)])
 
 
@@ -82,10 +84,23 @@ def _tell(method: Any, run: Path, told: dict[str, Any]) -> None:
         raise BadSetting(f"--steps {steps}: {run} knows {method.trajectory_steps} noise levels, so it takes no more steps")
 
 
-def _filmed(method: Any, sizes: list[int], generator: torch.Generator, frames: list[list[Tensor]]) -> list[Tensor]:
-    """Batches of samples; their steps go to `frames`."""
-    watch = _watch(frames, method.trajectory_steps)
-    return [method.sample(size, generator, callback=watch) for size in sizes]
+def _told_of_steps(method: Any, advance: Callable[[float], None]) -> Callable[..., Tensor]:
+    """How a run draws, with a bar that moves on with every step, or, where steps are not shown, with every batch."""
+
+    def draw(n: int, generator: torch.Generator, *, callback: Callable[[Any], None] | None = None) -> Tensor:
+        if not isinstance(method, TrajectorySampler):
+            drawn = method.sample(n, generator)
+            advance(n)
+            return drawn
+
+        def see(step: Any) -> None:
+            advance(n / method.trajectory_steps)
+            if callback is not None:
+                callback(step)
+
+        return method.sample(n, generator, callback=see)
+
+    return draw
 
 
 def _watch(frames: list[list[Tensor]], steps: int) -> Callable[[Any], None]:
@@ -102,7 +117,14 @@ def _watch(frames: list[list[Tensor]], steps: int) -> Callable[[Any], None]:
 
 
 def _steady(
-    method: Any, run: Path, count: int, keep: float, window: str | None, batch: int, generator: torch.Generator
+    method: Any,
+    draw: Callable[..., Tensor],
+    run: Path,
+    count: int,
+    keep: float,
+    window: str | None,
+    batch: int,
+    generator: torch.Generator,
 ) -> Tensor:
     """The steadiest of more samples, and a line on what was dropped."""
     from sfumato.diffusion import default_window, parse_window, sample_filtered
@@ -111,7 +133,7 @@ def _steady(
         raise BadSetting(f"{run} does not show its steps, so nothing can be said of their variance: leave out --keep")
     steps = method.trajectory_steps
     low, high = default_window(steps, points=draws_points(method)) if window is None else parse_window(window, steps)
-    found = sample_filtered(method.sample, count, window=(low, high), keep=keep, batch=batch, generator=generator)
+    found = sample_filtered(draw, count, window=(low, high), keep=keep, batch=batch, generator=generator)
     dropped = len(found.dropped)
     told = f"drew {count + dropped}, dropped the {dropped} whose expected end varied most over steps {low} to {high} of {steps}"
     if dropped:
