@@ -256,9 +256,9 @@ def _base(lab: Lab) -> tuple[Batch, Batch, DDPM]:
     "generators and adapters, told nothing; random masks keep as many weights in every layer. Beside them: masks by time "
     "alone, and the same layers fine-tuned by the masks' optimizer, which have a third as many parameters (LoRA of equal "
     "size would be of more than full rank here). The rate falls to 0 for both, as the frozen weights are an average over "
-    "training. On a development seed masks raised the error from 0.1653 to 0.1656 with 2 % of the weights closed, random "
-    "masks as many to 0.1655; at a fifth of the rate none closed. The same layers fine-tuned came to 0.1655: 300 steps gain "
-    "nothing in these layers of a network this small.",
+    "training. Masks close 1 to 2 % of the weights and raise the error from 0.1658 to 0.1661, random masks as many to 0.1660; at "
+    "a fifth of the rate none closes (a development seed). The same layers fine-tuned stay within 0.0003 of where they were: 300 "
+    "steps gain nothing in these layers of a network this small.",
 )
 def learned_masks(lab: Lab) -> Figures:
     """Mean squared error of the predicted noise on held-out digits, and the Fréchet distance of samples by a small classifier."""
@@ -336,7 +336,8 @@ def _fine_tuned(ddpm: DDPM, train: Batch, lab: Lab) -> nn.Module:
     seeds=range(100, 105),
     note="The reward is a small classifier's log-probability of a digit, of each digit for 5 samples that share their masks; 15 "
     "steps of DDIM, the last 8 of ten network calls each. All arms begin at the same noise. Random masks are those that the "
-    "moved ones begin with at every step: 93 % of the attention weights of the way up, kept by chance.",
+    "moved ones begin with at every step: 93 % of the attention weights of the way up, kept by chance. The mean reward rose on "
+    "every seed, for 54 to 82 % of the samples where 80 % were asked.",
 )
 def rewarded_masks(lab: Lab) -> Figures:
     """Mean log-probability of the digit asked for, at the end of sampling."""
