@@ -371,8 +371,8 @@ def _in_turn(runs: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, f
     "recall (third neighbour) in the features of a small classifier, 500 samples against the training pictures. Beside "
     "them: the teacher's own 4 and 20 steps, and the students before training. All have learned: the one-step student came "
     "from distances of 55 to 68 to 9 to 12, four decoders from 24 to 37 to 9 to 12, without the KL to 8 to 11, where the "
-    "teacher's own 4 steps are at 11 to 14 and its 20 at 5 to 6. The KL costs recall on every seed: the moments that it holds each map to "
-    "are those of large maps, and even true noise of 64 numbers strays from them.",
+    "teacher's own 4 steps are at 11 to 14 and its 20 at 5 to 6. The KL costs recall on every "
+    "seed: the moments that it holds each map to are those of large maps, and even true noise of 64 numbers strays from them.",
 )
 def distillation(lab: Lab) -> Figures:
     """Each student's pictures, and the teacher's, seen through a classifier."""
