@@ -326,7 +326,7 @@ def comparisons_page(records: Mapping[str, Mapping[str, Any]]) -> str:
         "augmentation and noise, so that methods are paired. Figures are means over seeds with 95 % intervals, taken on held-out "
         "data; losses, which are each method's own, are on the full page. `few label accuracy` is what fine-tuning on 100 labels "
         "reaches; probes of frozen features say little after trainings as short as these. `frechet distance`, of generators, is "
-        "that of 400 new pictures to held-out ones in the features of a small classifier of the data; lower is better, it is no FID."
+        "that of 400 new pictures to held-out ones in the features of a small classifier of the data: lower is better; no FID."
     )
     return "\n\n".join([head, *(comparison_section(name, record) for name, record in records.items())]) + "\n"
 
