@@ -63,7 +63,7 @@ from sfumato.metrics import frechet_features
 from sfumato.nn import ToyDenoiser
 from sfumato.optim import EMA
 from sfumato.papers.diffusion.ddpm import DDPM
-from sfumato.probes import marginal_kl, task_difficulty
+from sfumato.probes import marginal_kl, task_difficulty, train_judge
 
 
 class DenoisingCurriculum(DDPM):
@@ -287,25 +287,11 @@ class _OnDigits(DenoisingCurriculum):
             self.quality[done] = self.judge(self.sample(self.draws, torch.Generator().manual_seed(done)))
 
 
-def _judge(train: Batch, test: Batch) -> Callable[[Tensor], float]:
+def _judge(train: Batch, test: Batch, seed: int) -> Callable[[Tensor], float]:
     """Fréchet distance to the test digits in the features of a small classifier of the training digits."""
-    import warnings
-
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.neural_network import MLPClassifier
-
     assert train.label is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        net = MLPClassifier((64, 32), max_iter=60, random_state=0).fit(train.x.flatten(1).numpy(), train.label.numpy())
-    layers = [(torch.from_numpy(w).float(), torch.from_numpy(b).float()) for w, b in zip(net.coefs_[:-1], net.intercepts_)]
-
-    def features(x: Tensor) -> Tensor:
-        h = x.flatten(1)
-        for weight, bias in layers:
-            h = (h @ weight + bias).relu()
-        return h
-
+    torch.manual_seed(seed)
+    features = train_judge(train.x, train.label)[:-1]
     real = features(test.x)
     return lambda x: frechet_features(features(x), real).item()
 
@@ -337,7 +323,7 @@ _ARMS: dict[str, dict[str, Any]] = {
 def low_noise_is_hard(lab: Lab) -> Figures:
     """Both studies of the paper."""
     train, test = digits(train=1300, seed=lab.seed)
-    x, schedule, judge = (2 * train.x - 1).flatten(1), Schedule(beta_schedule("linear")), _judge(train, test)
+    x, schedule, judge = (2 * train.x - 1).flatten(1), Schedule(beta_schedule("linear")), _judge(train, test, lab.seed)
     kl = marginal_kl(x, schedule)
     torch.manual_seed(lab.seed)
     net = ToyDenoiser(64, width=128, layers=3)
@@ -382,7 +368,7 @@ def low_noise_is_hard(lab: Lab) -> Figures:
 def easy_to_hard(lab: Lab) -> Figures:
     """One network, one sampler, one budget; only the order in which the times come differs."""
     train, test = digits(train=1300, seed=lab.seed)
-    judge, steps = _judge(train, test), lab.steps(3000)
+    judge, steps = _judge(train, test, lab.seed), lab.steps(3000)
     figures: Figures = {"real digits": {"Fréchet distance": judge(train.x[:1000])}}
     torch.manual_seed(lab.seed)
     net = _Dense()  # all arms begin at its weights
