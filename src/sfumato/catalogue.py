@@ -88,6 +88,7 @@ class Row:
         batch: what it eats: `images`, `labelled`, `pairs`, `video`, ...
         fidelity: what is reconstruction, our choice or unverified.
         run: commands that put it to use.
+        opens: whose trained models its class takes over by `from_pipeline`: `diffusers`.
     """
 
     slug: str
@@ -111,6 +112,7 @@ class Row:
     fidelity: tuple[str, ...] = ()
     run: tuple[str, ...] = ()
     settings: tuple[Setting, ...] = ()
+    opens: tuple[str, ...] = ()
 
     @property
     def trains(self) -> bool:

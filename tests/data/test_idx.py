@@ -60,6 +60,7 @@ def test_images_alone_have_no_labels(tmp_path):
         (_idx(np.zeros((3, 4, 4)), "u1")[:-1], r"are not an array \[3, 4, 4\]"),
         (gzip.compress(_idx(np.zeros((3, 4, 4)), "u1"))[:-9], "copy it again"),
         (b"\x1f\x8bnothing", "copy it again"),
+        (gzip.compress(_idx(np.arange(48).reshape(3, 4, 4), "u1"), mtime=0)[:10] + b"\xff" * 40, "copy it again"),
     ],
 )
 def test_other_and_damaged_files_are_told(tmp_path, content, told):

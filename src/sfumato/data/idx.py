@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def read_idx(path: Path) -> np.ndarray:
         content = gzip.decompress(content) if content[:2] == _GZIP else content
     except FileNotFoundError:
         raise BadData(f"{path}: no such file: check the path") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise BadData(f"{path}: cannot be read ({error}): copy it again") from None
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _TYPES:
         raise BadData(f"{path}: not an IDX file, its first bytes are {content[:4].hex(' ')}: give one, or .npz")

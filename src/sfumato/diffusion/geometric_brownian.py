@@ -31,9 +31,10 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from sfumato.diffusion.finite import FiniteTrajectory
 from sfumato.diffusion.samplers import Callback, SamplerStep, draw_step
 from sfumato.diffusion.schedules import expand
-from sfumato.errors import BadSetting, Diverged
+from sfumato.errors import BadSetting
 
 LIMIT = 20.0
 """Largest exponent of one step, up or down: e^20 is half a billion, no step of a score that was learned comes near."""
@@ -254,7 +255,7 @@ def sample_gbm(
 
     Raises:
         BadSetting: a number of times out of range, lists of another length, an unknown sampler, or nowhere to begin.
-        Diverged: what came out is not finite.
+        Diverged: a sample is not finite; the message names the step and the samples.
 
     Warns:
         UserWarning: exponents of DLS were held at ±20.
@@ -266,6 +267,8 @@ def sample_gbm(
         denoise_delta = delta if isinstance(delta, (int, float)) else 1 / len(schedule)
     plan += [(0, float(denoise_delta), 0.0)] * denoise_steps
     x = _beginning(n, tuple(shape), start, generator) if x is None else x
+    other = ", or the dls sampler" if sampler == "ums" else ""
+    watch = FiniteTrajectory(x, len(plan), what="the sample", advice=f"train for longer, or take shorter steps (delta){other}")
     clamped = torch.zeros((), dtype=torch.bool, device=x.device)
     for i, (k, length, factor) in enumerate(plan):
         score = model(x, torch.full((len(x),), k, device=x.device))
@@ -278,9 +281,8 @@ def sample_gbm(
             exponent = _exponent(x, score, schedule, length, z, factor)
             clamped |= (exponent.abs() > LIMIT).any()
             x = _multiplied(x, exponent)
-    if not torch.isfinite(x).all():
-        other = ", or the dls sampler" if sampler == "ums" else ""
-        raise Diverged(f"{sampler} left the finite numbers: train for longer, or take shorter steps (delta){other}")
+        watch(i, x)  # not the score, which may leave its type where x s does not
+    x = watch.end(x)
     if clamped:
         warnings.warn(f"scores were so large that exponents were held at ±{LIMIT:g}: take shorter steps (delta)", stacklevel=2)
     return x

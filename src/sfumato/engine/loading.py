@@ -200,7 +200,7 @@ def load(source: str | Path, *, kind: type[Method] | None = None, device: str = 
     if pipeline is not None:
         from sfumato import catalogue
 
-        base: Any = kind or catalogue.load_method("ddpm")
+        base: Any = kind or catalogue.load_method(next(row.slug for row in catalogue.load().values() if "diffusers" in row.opens))
         opened: Method = base.from_pipeline(pipeline).to(device).eval()
         return opened
     if hub is not None:

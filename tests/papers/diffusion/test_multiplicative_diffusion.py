@@ -7,7 +7,7 @@ from sfumato.diffusion import multiplicative_dsm
 from sfumato.engine import Lab, build, fit
 from sfumato.engine.run_folder import Run
 from sfumato.errors import BadData, Diverged
-from sfumato.method import Context, Sampler, capabilities
+from sfumato.method import Context, Sampler, TrajectorySampler, capabilities
 from sfumato.papers.diffusion import multiplicative_diffusion as paper
 from sfumato.papers.diffusion.multiplicative_diffusion import MultiplicativeDiffusion, positive_pictures
 
@@ -143,12 +143,24 @@ def test_preview_is_quick_whatever_the_sampler_is_set_to():
     assert asked == [*range(999, 0, -20), *[0] * 5]
 
 
+def test_its_steps_are_shown_as_pictures():
+    """For filters and films: as many as are told, with expected pictures in [-1, 1] where the network is sure."""
+    method, seen = _small(sample_steps=6, inner=2, denoise_steps=3), []
+    assert isinstance(method, TrajectorySampler)
+    known = 1 + torch.rand(1, 8, 8, generator=seeded())
+    method.score = lambda x, k: method.schedule.hyvarinen_score(x, known.expand_as(x), k.clamp(min=1)) / x
+    drawn = method.sample(2, seeded(), callback=seen.append)
+    assert torch.equal(drawn, method.sample(2, seeded()))
+    assert len(seen) == method.trajectory_steps == 15
+    assert all(torch.allclose((step.x0 + 1) / 2, known - 1, atol=1e-3) for step in seen if step.sigma > 0)
+
+
 @pytest.mark.parametrize("sampler", ["dls", "ums"])
 def test_a_network_that_is_broken_is_said_in_one_line(sampler):
     method = _small(sampler=sampler)
     with torch.no_grad():
         next(method.average.parameters()).fill_(torch.nan)
-    with pytest.raises(Diverged, match=f"{sampler} left the finite numbers"):
+    with pytest.raises(Diverged, match="the sample is NaN"):
         method.sample(1)
 
 

@@ -356,3 +356,22 @@ class DDPM(PictureMethod):
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures of the data, and as many new ones."""
         return {"data": batch.x, "samples": self.sample(len(batch.x), generator)}
+
+
+class FromDDPM(Method):
+    """A method that begins at a trained DDPM run; its config has `ddpm`, how that model is built."""
+
+    no_model: ClassVar[str]
+    """What is said where there is none."""
+    trained = False
+    """Whether it took over a model: a new one has learned nothing."""
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        if self.config.ddpm is None:
+            raise BadSetting(self.no_model)
+
+    def adopt(self, open_model: Callable[[str], nn.Module]) -> None:
+        """Refuse a new model, whatever the settings say."""
+        if not self.trained:
+            raise BadSetting(self.no_model)

@@ -318,7 +318,8 @@ _ARMS: dict[str, dict[str, Any]] = {
     "other conditions a dense network is trained on each tenth of the times alone, 300 steps each. Converged means that nine "
     "tenths of the fall of the loss are behind it. The distance is that of samples drawn with this network in its tenth and one "
     "trained on all times, 2000 steps, elsewhere: a mean over six moments of the 300 steps, in the features of a small "
-    "classifier of digits.",
+    "classifier of digits. It depends on this classifier, of one hidden layer: by one with two, the quieter half of the "
+    "same samples was farther by 0.20 [0.02, 0.38].",
 )
 def low_noise_is_hard(lab: Lab) -> Figures:
     """Both studies of the paper."""
@@ -363,7 +364,8 @@ def low_noise_is_hard(lab: Lab) -> Figures:
     Better("Fréchet distance", "easy to hard", over="hard to easy", higher=False),
     seeds=range(100, 105),
     note="Digits of 8 x 8 pixels, a dense network, 3000 steps, a quarter of them at most for the curriculum; the distance is "
-    "that in the features of a small classifier of digits.",
+    "that in the features of a small classifier of digits. By another, with two hidden layers, the gain over all times at once "
+    "was 0.17 [-0.03, 0.36]: inconclusive too.",
 )
 def easy_to_hard(lab: Lab) -> Figures:
     """One network, one sampler, one budget; only the order in which the times come differs."""

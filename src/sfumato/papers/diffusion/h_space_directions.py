@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ from sfumato.data.samples import digits
 from sfumato.diffusion import ddim_invert, ddpm_invert, edit_h, h_function, input_at, record_h, sample_ddim
 from sfumato.errors import BadCheckpoint, BadData, BadSetting
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
-from sfumato.papers.diffusion.ddpm import DDPM
+from sfumato.papers.diffusion.ddpm import DDPM, FromDDPM
 from sfumato.probes import StreamingPCA, align_signs, attribute_direction, jacobian_directions, pca_directions, project_out
 from sfumato.probes.judge import train_judge
 
@@ -46,8 +46,12 @@ Start = tuple[Tensor, Tensor | None]
 """x_T `[B, C, H, W]` and, with noise while sampling, that of every step `[S, B, C, H, W]`."""
 
 
-class HSpaceDirections(Method):
+class HSpaceDirections(FromDDPM):
     """Haas et al. 2024. Finds directions in a trained diffusion model (`--init RUN`), edits pictures along them."""
+
+    no_model: ClassVar[str] = (
+        "directions are found in a trained model: sfumato train h-space-directions --data WHERE --init runs/ddpm/STAMP"
+    )
 
     class Config(MethodConfig):
         """Defaults: the authors' for PCA on CelebA-HQ: 500 samples, 50 steps of DDIM with eta = 1."""
@@ -81,9 +85,7 @@ class HSpaceDirections(Method):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         c = self.config
-        if c.ddpm is None:
-            raise BadSetting(NO_MODEL)
-        base, self.trained = DDPM(DDPM.Config.model_validate(c.ddpm)), False
+        base = DDPM(DDPM.Config.model_validate(c.ddpm))
         self.base = base.requires_grad_(False)
         steps = min(c.sample_steps, len(base.schedule))
         self.sampler = partial(sample_ddim, schedule=base.schedule, steps=steps, eta=c.eta, predict=base.config.predict)
@@ -107,11 +109,6 @@ class HSpaceDirections(Method):
             mine.load_state_dict(theirs.state_dict())
         method.trained = True
         return method.to(base.device)
-
-    def adopt(self, open_model: Callable[[str], nn.Module]) -> None:
-        """Refuse a new model, whatever the settings say: it has learned nothing."""
-        if not self.trained:
-            raise BadSetting(NO_MODEL)
 
     @property
     def net(self) -> nn.Module:
@@ -320,7 +317,6 @@ class HSpaceDirections(Method):
 
 
 KINDS = ("pca", "jacobian", "attribute")
-NO_MODEL = "directions are found in a trained model: sfumato train h-space-directions --data WHERE --init runs/ddpm/STAMP"
 CORRECTIONS = 3
 """Fixed-point iterations a step when a picture is taken back without noise."""
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,18 +36,20 @@ from sfumato.data.batch import Batch
 from sfumato.data.samples import digits
 from sfumato.diffusion import Schedule, denoising_loss, sample_ddim, uniform_t
 from sfumato.diffusion.samplers import Callback, Model
-from sfumato.errors import BadCheckpoint, BadData, BadSetting
+from sfumato.errors import BadCheckpoint, BadData
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.metrics import frechet_features
 from sfumato.optim import cosine_warmup
-from sfumato.papers.diffusion.ddpm import DDPM
+from sfumato.papers.diffusion.ddpm import DDPM, FromDDPM
 from sfumato.probes import train_judge
 from sfumato.sparsity import MaskedUNet, keep_logit, rewarded_model
 from sfumato.sparsity.weight_gates import ATTENTION
 
 
-class MaskUNet(Method):
+class MaskUNet(FromDDPM):
     """Wang et al. 2025. Learns masks on the weights of a trained diffusion model (`--init RUN`), draws pictures with them."""
+
+    no_model: ClassVar[str] = "masks are learned for a trained model: sfumato train maskunet --data WHERE --init runs/ddpm/STAMP"
 
     class Config(MethodConfig):
         """Defaults: those of the authors' scripts for Stable Diffusion 1.5."""
@@ -83,9 +85,7 @@ class MaskUNet(Method):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         c = self.config
-        if c.ddpm is None:
-            raise BadSetting(NO_MODEL)
-        base, self.trained = DDPM(DDPM.Config.model_validate(c.ddpm)), False
+        base = DDPM(DDPM.Config.model_validate(c.ddpm))
         self.schedule, self.shape, self.predicts = base.schedule, base.shape, base.config.predict
         self._augment = base.augment()
         self.masked = MaskedUNet(
@@ -110,11 +110,6 @@ class MaskUNet(Method):
             method.load_state_dict(previous.state_dict())
         method.trained = True
         return method.to(previous.device)
-
-    def adopt(self, open_model: Callable[[str], nn.Module]) -> None:
-        """Refuse a new model, whatever the settings say: it has learned nothing."""
-        if not self.trained:
-            raise BadSetting(NO_MODEL)
 
     def augment(self) -> Callable[..., Any] | None:
         """As the diffusion model crops its pictures."""
@@ -223,8 +218,6 @@ def _kept(masked: MaskedUNet, shares: dict[str, float]) -> float:
     sizes = {name: weight.numel() for name, weight in masked.gated_weights.items()}
     return sum(share * sizes[name] for name, share in shares.items()) / sum(sizes.values())
 
-
-NO_MODEL = "masks are learned for a trained model: sfumato train maskunet --data WHERE --init runs/ddpm/STAMP"
 
 # Claims
 

@@ -30,6 +30,7 @@ from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.data.batch import Batch
 from sfumato.data.samples import digits
 from sfumato.diffusion import GBMSchedule, multiplicative_dsm, range_t, sample_gbm
+from sfumato.diffusion.samplers import Callback, SamplerStep
 from sfumato.diffusion.schedules import expand
 from sfumato.method import Context, Loss, Method, Result, Step
 from sfumato.metrics import GaussianStats, frechet_features
@@ -159,9 +160,21 @@ class MultiplicativeDiffusion(PictureMethod):
         start = self.schedule.start(self.log_mean, self.log_variance)
         return sample_gbm(self.score, n, self.schedule, shape=self.shape, start=start, generator=generator, **{**own, **settings})
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw `n` new pictures: `[n, C, H, W]` in [0, 1]."""
-        return (self.draw(n, generator=generator) - OFFSET).clamp(0, 1)
+    @property
+    def trajectory_steps(self) -> int:
+        """Steps of a sample."""
+        c = self.config
+        return int(min(c.sample_steps, c.times) * c.inner + c.denoise_steps)
+
+    def sample(self, n: int, generator: torch.Generator | None = None, *, callback: Callback | None = None) -> Tensor:
+        """Draw `n` new pictures: `[n, C, H, W]` in [0, 1]; `callback` sees every step, with pictures in [-1, 1]."""
+
+        def see(step: SamplerStep) -> None:
+            assert callback is not None
+            callback(step._replace(x_t=2 * (step.x_t - OFFSET) - 1, x0=2 * (step.x0 - OFFSET) - 1))
+
+        drawn = self.draw(n, generator=generator, callback=None if callback is None else see)
+        return (drawn - OFFSET).clamp(0, 1)
 
     def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Pictures of the data, and as many new ones, quickly: at most 50 times are visited."""

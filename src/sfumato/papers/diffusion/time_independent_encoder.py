@@ -25,7 +25,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,13 +54,11 @@ from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.metrics import frechet_features, precision_recall
 from sfumato.nn import add_lora
 from sfumato.nn.at_rest import eval_mode
-from sfumato.papers.diffusion.ddpm import DDPM
+from sfumato.papers.diffusion.ddpm import DDPM, FromDDPM
 from sfumato.probes import train_judge
 
 TIMES = (751, 501, 251, 1)
 """The paper's, on Stable Diffusion's schedule."""
-
-NO_TEACHER = "a student needs a trained teacher: sfumato train time-independent-encoder --data WHERE --init runs/ddpm/STAMP"
 
 
 def paper_times(schedule: Schedule) -> tuple[int, ...]:
@@ -78,8 +76,12 @@ def paper_times(schedule: Schedule) -> tuple[int, ...]:
     return tuple(dict.fromkeys(near.tolist()))  # a schedule of few times may have fewer than four of them
 
 
-class TiUE(Method):
+class TiUE(FromDDPM):
     """Li et al. 2025. Distils a DDPM run (`--init RUN`) to a sampler that takes about the time of one step."""
+
+    no_model: ClassVar[str] = (
+        "a student needs a trained teacher: sfumato train time-independent-encoder --data WHERE --init runs/ddpm/STAMP"
+    )
 
     class Config(MethodConfig):
         """Defaults: the paper's, for Stable Diffusion 2.1 (3 epochs of 1.4 million prompts, 8 GPUs of 8)."""
@@ -114,15 +116,12 @@ class TiUE(Method):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         c = self.config
-        if c.ddpm is None:
-            raise BadSetting(NO_TEACHER)
         # the student is `base.net`, its average `base.average`; an encoder run once has no use for dropout
         self.base = DDPM(DDPM.Config.model_validate({**c.ddpm, "dropout": 0.0, "ema": c.ema}))
         self.teacher = copy.deepcopy(self.base.average.module)
         self.fake = copy.deepcopy(self.teacher).requires_grad_(True)
         if c.rank is not None:
             add_lora(self.fake, c.rank, alpha=c.alpha)
-        self.trained = False
         count, (low, high) = len(self.base.schedule), c.vsd_range
         self.vsd_times = max(0, round(low * count)), min(count, round(high * count))
         if not self.vsd_times[0] < self.vsd_times[1]:
@@ -157,11 +156,6 @@ class TiUE(Method):
         with torch.no_grad():
             for name, value in self.teacher.state_dict().items():
                 weights[name].copy_(value)
-
-    def adopt(self, open_model: Callable[[str], nn.Module]) -> None:
-        """Refuse a new teacher, whatever the settings say: it has learned nothing."""
-        if not self.trained:
-            raise BadSetting(NO_TEACHER)
 
     def augment(self) -> Callable[..., Any] | None:
         """As the teacher crops its pictures: they are only looked at beside the student's."""
