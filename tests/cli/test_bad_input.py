@@ -94,7 +94,7 @@ def test_other_words(sfumato):
 
 
 def test_a_tracker_that_is_not_installed(sfumato, tmp_path, monkeypatch):
-    monkeypatch.setattr("sfumato.engine.loop.find_spec", lambda name: None)
+    monkeypatch.setattr("sfumato.engine.options.find_spec", lambda name: None)
     refused(sfumato(*SMALL_RUN, "--track", "mlflow"), "pip install", "track")
     assert not (tmp_path / "runs").exists()
 

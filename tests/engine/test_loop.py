@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from sfumato.engine import Options, Run, Trainer, fit
-from sfumato.engine.loop import as_data, epoch
-from sfumato.engine.stream import stream
+from sfumato.engine.stream import as_data, epoch, stream
 from sfumato.errors import BadData, BadSetting, Diverged
 from sfumato.method import Batch, Loss
 

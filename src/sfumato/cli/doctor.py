@@ -101,7 +101,7 @@ def _train_and_resume() -> None:
 
     from sfumato.data import digits
     from sfumato.engine import Run, Trainer, load
-    from sfumato.engine.loop import Options
+    from sfumato.engine.options import Options
     from sfumato.papers.masking.mae import MAE
 
     config = MAE.Config.small(image_size=8, patch=2, channels=1, steps=4, batch_size=8)

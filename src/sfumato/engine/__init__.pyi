@@ -7,7 +7,7 @@ from .loading import load as load
 from .loading import rebuild as rebuild
 from .lab import Lab as Lab
 from .lab import reproduce as reproduce
-from .loop import Options as Options
 from .loop import Trainer as Trainer
 from .loop import fit as fit
+from .options import Options as Options
 from .run_folder import Run as Run

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.errors import BadCheckpoint, SfumatoError
 
@@ -149,3 +149,12 @@ def assert_finite(state: Any, at: str = "") -> str | None:
         return None if not state.is_floating_point() or bool(torch.isfinite(state).all()) else at
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
     return next((found for k, v in items if (found := assert_finite(v, f"{at}.{k}".lstrip(".")))), None)
+
+
+def load_weights(module: nn.Module, state: dict[str, Any], source: Any) -> None:
+    """Load a state, saying in one line what does not fit."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadCheckpoint(f"{source} does not fit {type(module).__name__} ({reason})") from None

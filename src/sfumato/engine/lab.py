@@ -26,9 +26,10 @@ from typing import Any
 import torch
 
 from sfumato.claim import Claim, Figures, judge
-from sfumato.engine.loop import Options as TrainingOptions
-from sfumato.engine.loop import Trainer, as_data
+from sfumato.engine.loop import Trainer
+from sfumato.engine.options import Options as TrainingOptions
 from sfumato.engine.randomness import key
+from sfumato.engine.stream import as_data
 
 Report = Callable[[str, int, float], None]
 """Told after every seed: claim name, seed, seconds."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from sfumato.data.batch import Facts
 from sfumato.engine import checkpoint
-from sfumato.engine.loop import load_weights
+from sfumato.engine.checkpoint import load_weights
 from sfumato.engine.randomness import key
 from sfumato.engine.run_folder import Run
 from sfumato.errors import BadCheckpoint, BadData, BadSetting, nearest

@@ -22,72 +22,24 @@ from __future__ import annotations
 
 import copy
 import os
-import signal
 import statistics
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from sfumato.engine import checkpoint
+from sfumato.engine.evaluation import evaluate, preview
 from sfumato.engine.objective import Objective
+from sfumato.engine.options import Options, accelerator
 from sfumato.engine.progress import Progress
 from sfumato.engine.randomness import key, seed_everything
 from sfumato.engine.run_folder import Run
-from sfumato.engine.stream import Augmented, Stream, collate, read_loader, stream, stream_loader
-from sfumato.errors import BadCheckpoint, BadData, BadSetting, Diverged, Interrupted, MissingExtra, SfumatoError
+from sfumato.engine.signals import stop_signals
+from sfumato.engine.stream import Stream, as_data, epoch, stream, stream_loader
+from sfumato.errors import BadCheckpoint, BadData, Diverged, Interrupted
 from sfumato.method import Batch, Context, Method, Result
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to train, apart from the method's own settings.
-
-    Args:
-        seed: of weights, order, augmentation and noise.
-        accumulate: micro-batches a step; the step's batch size stays what the method says.
-        device: "auto", "cpu", "cuda", ...
-        precision: "fp32" or "bf16" (autocast).
-        ema: decay of a moving average of all weights, used by `apply`; None: none.
-        workers: loading processes; None: chosen from the data and the machine.
-        log_every: steps between lines of metrics.jsonl; None: about a thousand lines in all.
-        save_every: steps between checkpoints; None: one a minute.
-        keep: checkpoints kept.
-        track: a tracker of accelerate: "tensorboard", "mlflow", "wandb"; None: none.
-    """
-
-    seed: int = 0
-    accumulate: int = 1
-    device: str = "auto"
-    precision: str = "fp32"
-    ema: float | None = None
-    workers: int | None = None
-    log_every: int | None = None
-    save_every: int | None = None
-    keep: int = 2
-    track: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise BadSetting(f"precision {self.precision!r} is not known: fp32 or bf16 (fp16's scaler refuses closures)")
-        if self.track is None:
-            return
-        if self.track not in TRACKERS:
-            raise BadSetting(f"tracker {self.track!r} is not known: {', '.join(TRACKERS)}")
-        if find_spec(self.track) is None:
-            raise MissingExtra(f"{self.track} is not installed: pip install {TRACKERS[self.track]}")
-
-
-PRECISIONS = {"fp32": "no", "bf16": "bf16"}
-TRACKERS = {"tensorboard": "'sfumato[track]'", "mlflow": "'sfumato[track]'", "wandb": "wandb"}
-"""What can be logged to, and what brings it."""
 
 
 def fit(
@@ -307,7 +259,7 @@ class Trainer:
         saved = checkpoint.read(last)
         if saved["slug"] != (self.run.config.get("slug") if self.run else None):
             raise BadCheckpoint(f"{last} is a checkpoint of {saved['slug']!r}")
-        load_weights(self.method, saved["method"], last)
+        checkpoint.load_weights(self.method, saved["method"], last)
         self.ctx.step, self.ctx.total = saved["step"], saved["total"]
         return saved
 
@@ -375,105 +327,3 @@ class Trainer:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 for buffer in module.buffers():
                     buffer.copy_(broadcast(buffer))
-
-
-def load_weights(module: nn.Module, state: dict[str, Any], source: Any) -> None:
-    """Load a state, saying in one line what does not fit."""
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise BadCheckpoint(f"{source} does not fit {type(module).__name__} ({reason})") from None
-
-
-def as_data(data: Any) -> Any:
-    """A data set from whatever a person gave; loaders and data sets of ours stay as they are."""
-    if hasattr(data, "facts") or (hasattr(data, "__iter__") and not hasattr(data, "__getitem__")):
-        return data
-    if isinstance(data, torch.utils.data.DataLoader):
-        return data
-    from sfumato.data import open_data
-
-    return open_data(data)
-
-
-def epoch(
-    data: Any, batch_size: int, augment: Callable[..., Any] | None = None, seed: int = 0, order: Iterable[int] | None = None
-) -> Iterator[Batch]:
-    """Every sample once, in order or in the one given; a batch ends early where the next image has another size."""
-    if not hasattr(data, "__getitem__"):
-        yield from read_loader(data)
-        return
-    samples = Augmented(data, augment, seed)
-    batch: list[Any] = []
-    for i in range(len(data)) if order is None else order:
-        sample = samples[(0, i)]
-        if batch and (len(batch) == batch_size or sample[0].shape != batch[0][0].shape):
-            yield collate(batch)
-            batch = []
-        batch.append(sample)
-    if batch:
-        yield collate(batch)
-
-
-@torch.no_grad()
-def evaluate(method: Method, held_out: Any) -> dict[str, float]:
-    """A method's figures on held-out data; leaves it in eval mode."""
-    batches = epoch(held_out, method.config.batch_size)
-    return method.eval().evaluate(batch.to(method.device) for batch in batches)
-
-
-@torch.no_grad()
-def preview(method: Method, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
-    """A method's pictures of a batch, in [0, 1] on the CPU, with the same noise every time; leaves it in eval mode.
-
-    A sampler that breaks off early in a training gives none, with a warning: that is no reason to stop the training.
-    """
-    generator = torch.Generator(method.device).manual_seed(key(seed, "preview"))
-    try:
-        pictures = method.eval().preview(batch.to(method.device), generator)
-    except Diverged as error:
-        warnings.warn(f"no pictures: {error}", stacklevel=2)
-        return {}
-    return {name: images.float().clamp(0, 1).cpu() for name, images in pictures.items()}
-
-
-def accelerator(options: Options, run: Run | None = None) -> Any:
-    """accelerate's Accelerator for these options: device, precision, processes, tracker."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-
-    cpu = options.device == "cpu"
-    if AcceleratorState._shared_state and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    if options.device not in ("auto", "cpu"):
-        available = torch.accelerator.is_available() and torch.accelerator.current_accelerator()
-        if not available or torch.device(options.device).type != available.type:
-            raise SfumatoError(f"device {options.device!r} is not available here; `sfumato doctor` says what is")
-    logger = {"log_with": options.track, "project_dir": str(run.path)} if options.track and run else {}
-    acc = Accelerator(cpu=cpu, mixed_precision=PRECISIONS[options.precision], **logger)
-    assert PartialState._shared_state
-    if options.track:
-        acc.init_trackers("sfumato", config={k: str(v) for k, v in asdict(options).items()})
-    return acc
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C or SIGTERM arrives; a second Ctrl-C stops at once."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, _frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

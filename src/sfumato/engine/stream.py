@@ -188,3 +188,31 @@ def _as_batch(item: Any, seen: int, check: bool) -> Batch:
         label=y if target is None else None,
         target=None if target is None else unit(target),
     )
+
+
+def as_data(data: Any) -> Any:
+    """A data set from whatever a person gave; loaders and data sets of ours stay as they are."""
+    if hasattr(data, "facts") or (hasattr(data, "__iter__") and not hasattr(data, "__getitem__")):
+        return data
+    from sfumato.data import open_data
+
+    return open_data(data)
+
+
+def epoch(
+    data: Any, batch_size: int, augment: Callable[..., Any] | None = None, seed: int = 0, order: Iterable[int] | None = None
+) -> Iterator[Batch]:
+    """Every sample once, in order or in the one given; a batch ends early where the next image has another size."""
+    if not hasattr(data, "__getitem__"):
+        yield from read_loader(data)
+        return
+    samples = Augmented(data, augment, seed)
+    batch: list[Any] = []
+    for i in range(len(data)) if order is None else order:
+        sample = samples[(0, i)]
+        if batch and (len(batch) == batch_size or sample[0].shape != batch[0][0].shape):
+            yield collate(batch)
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield collate(batch)

@@ -16,10 +16,13 @@ from sfumato import catalogue
 from sfumato.data import Batch, ImageSet, open_data
 from sfumato.data.image_set import as_unit
 from sfumato.engine.arms import Arm
+from sfumato.engine.evaluation import evaluate, preview
 from sfumato.engine.loading import build
-from sfumato.engine.loop import Options, Trainer, as_data, evaluate, preview
+from sfumato.engine.loop import Trainer
+from sfumato.engine.options import Options
 from sfumato.engine.randomness import key
 from sfumato.engine.rehearsal import peak_memory, rehearse, resident_memory
+from sfumato.engine.stream import as_data
 from sfumato.errors import BadData, Diverged
 from sfumato.method import Method, Result, capabilities, draws_points
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from sfumato.engine.loop import stop_signals
+from sfumato.engine.signals import stop_signals
 
 OVERRUN = 1.2
 """Share of the allowed time that a further piece may reach."""

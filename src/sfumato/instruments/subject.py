@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from sfumato.data import Batch
-from sfumato.engine.loop import Options, accelerator
+from sfumato.engine.options import Options, accelerator
 from sfumato.errors import BadData, BadSetting
 from sfumato.instruments.batching import Pairs, check_loss, cut, fitting, memory_for
 from sfumato.instruments.kinds import Setup

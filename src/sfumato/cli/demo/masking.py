@@ -11,7 +11,8 @@ from torch import Tensor
 from sfumato.cli.console import hint
 from sfumato.data import photo_crops, photo_names, photos
 from sfumato.engine import Run, Trainer, build
-from sfumato.engine.loop import Options, as_data
+from sfumato.engine.options import Options
+from sfumato.engine.stream import as_data
 from sfumato.method import Batch
 from sfumato.papers.masking.colormae import ColorMAE
 from sfumato.papers.masking.mae import MAE

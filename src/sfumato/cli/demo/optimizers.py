@@ -11,7 +11,7 @@ from sfumato.claim import paired_interval
 from sfumato.cli.console import hint
 from sfumato.data import Batch, digits
 from sfumato.engine import Options, Trainer, build
-from sfumato.engine.loop import as_data
+from sfumato.engine.stream import as_data
 from sfumato.papers.optimization.adahessian import BEST_LR, scaling_curves
 from sfumato.papers.optimization.classifier import Classifier
 from sfumato.probes import HessianOperator, spectral_density

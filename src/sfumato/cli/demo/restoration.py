@@ -13,7 +13,8 @@ from sfumato.cli.console import hint
 from sfumato.cli.demo.classical import tuned_nl_means, tuned_wavelet
 from sfumato.data import photos, read_image, write_image
 from sfumato.engine import Run, Trainer, build
-from sfumato.engine.loop import Options, as_data
+from sfumato.engine.options import Options
+from sfumato.engine.stream import as_data
 from sfumato.metrics import psnr
 from sfumato.papers.restoration.cbsn import CBSN
 from sfumato.physics import correlated_noise
