@@ -64,12 +64,10 @@ def small_unet(
     """
     from diffusers import UNet2DModel
 
-    model: Any = UNet2DModel
-    if null_class:
-        if classes is None:
-            raise BadSetting("null_class is one more class, and there are none: give classes=, how many")
-        from sfumato.nn.class_unet import ClassUNet2DModel as model
+    from sfumato.nn.class_unet import ClassUNet2DModel
 
+    if null_class and classes is None:
+        raise BadSetting("null_class is one more class, and there are none: give classes=, how many")
     sides = (size, size) if isinstance(size, int) else size
     stride = 2 ** (len(mults) - 1)
     if any(side % stride for side in sides):
@@ -79,7 +77,7 @@ def small_unet(
     if not set(attn_at) <= set(range(len(mults))):
         raise BadSetting(f"attn_at={tuple(attn_at)} names levels that are not there: allowed are 0 to {len(mults) - 1}")
     kinds = ["Attn" if level in attn_at else "" for level in range(len(mults))]
-    net = model(
+    net: Any = (ClassUNet2DModel if null_class else UNet2DModel)(
         sample_size=sides,
         in_channels=in_channels,
         out_channels=out_channels or in_channels,

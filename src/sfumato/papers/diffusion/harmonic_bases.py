@@ -32,7 +32,7 @@ from typing_extensions import Self
 
 from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.data.batch import Batch, Facts
-from sfumato.diffusion import memoriser, sample_blind, sqrt_uniform_sigma, wiener_filter
+from sfumato.diffusion import SamplerStep, memoriser, sample_blind, sqrt_uniform_sigma, wiener_filter
 from sfumato.errors import BadData, BadSetting
 from sfumato.method import Context, Loss, Method, MethodConfig, Result, Step
 from sfumato.metrics import closest_correlation, distinct, psnr
@@ -236,6 +236,8 @@ class BlindDenoiser(Method):
 
 _TINY: dict[str, Any] = {"channels": 1, "image_size": 16, "width": 16, "levels": 2, "batch_size": 16, "lr": 4e-3}
 FEW, MANY, SIGMA = "4 pictures", "4,000 pictures", 0.3
+PAIRS, DIVERGED = 24, 2.0
+"""Pictures that both networks of a pair draw, and the noise level beyond which one is lost."""
 
 
 @claim(
@@ -249,12 +251,12 @@ FEW, MANY, SIGMA = "4 pictures", "4,000 pictures", 0.3
     Holds("with 4,000 pictures the symmetric part holds 90 % of the Jacobian", lambda f: f[MANY]["symmetric share"] >= 0.9),
     seeds=range(100, 105),
     note="Pictures of 16 x 16 pixels with a smooth contour between two smooth regions (C², a formula), near doubles taken out; "
-    "U-Nets of width 16, 3,000 steps of 16 pictures; noise 0.3. Both networks of a pair start from other weights and see the "
-    "same noise in the same order. The limit of the gap is 0.3 dB. Pictures this small resemble each other, so the correlation "
-    "with the closest of 4,000 stays high without copying: that of new pictures stands beside it. The symmetry of the "
-    "Jacobian comes with training: 1,000 steps of 32 pictures at half the learning rate end at 85 to 90 %. Batch and rate were "
-    "chosen by it on development seed 0. The networks end .2 to .4 dB below the best linear denoiser, the Wiener filter of the "
-    "4,000 pictures.",
+    "U-Nets of width 16, 2,500 steps of 16 pictures; noise 0.3. Both networks of a pair start from other weights and see the "
+    "same noise in the same order. Of 24 pairs of samples those are left out of which one diverges. The limit of the gap is "
+    "0.3 dB. Pictures this small resemble each other, so the correlation with the closest of 4,000 stays high without copying: "
+    "that of new pictures stands beside it. The symmetry of the Jacobian comes with training: 1,000 steps of 32 pictures at half "
+    "the learning rate end at 87 to 90 %. Batch and rate were chosen by it on development seed 0. The networks come close to the "
+    "best linear denoiser, the Wiener filter of the 4,000 pictures, and do not pass it.",
 )
 def one_function(lab: Lab) -> Figures:
     """Two networks on 4 pictures each, two on 4,000 each, compared on 1,000 others, none of which has a near double."""
@@ -272,7 +274,7 @@ def one_function(lab: Lab) -> Figures:
             torch.manual_seed(2 * lab.seed + i)
             config = BlindDenoiser.Config.small(**_TINY, sample_steps=lab.steps(250))
             method = BlindDenoiser(config).to(memory_format=torch.channels_last)  # faster convolutions on a CPU
-            pair.append(lab.fit(method, own, steps=lab.steps(3000)))
+            pair.append(lab.fit(method, own, steps=lab.steps(2500)))
         figures[arm] = _compared(lab, arm, pair, train, test)
     return figures
 
@@ -282,7 +284,15 @@ def _compared(lab: Lab, arm: str, pair: list[BlindDenoiser], train: tuple[Tensor
     from sfumato.probes import agreement, denoiser_basis
 
     a, b = (method.denoise for method in pair)
-    found = agreement(a, b, test, SIGMA, samples=24, train=train, draw=pair[0].climb, generator=lab.generator)
+    lost = torch.zeros(PAIRS, dtype=torch.bool)
+
+    def draw(denoiser: Callable[[Tensor], Tensor], start: Tensor, generator: torch.Generator) -> Tensor:
+        def watch(step: SamplerStep) -> None:
+            lost.logical_or_(step.sigma > DIVERGED)
+
+        return pair[0].climb(denoiser, start, generator, sigma_max=DIVERGED, callback=watch)
+
+    found = agreement(a, b, test, SIGMA, samples=PAIRS, train=train, draw=draw, generator=lab.generator)
     z = torch.randn(test.shape, generator=lab.generator)
     with torch.no_grad():
         seen = train[0][torch.arange(len(test)) % len(train[0])]
@@ -297,7 +307,8 @@ def _compared(lab: Lab, arm: str, pair: list[BlindDenoiser], train: tuple[Tensor
     lab.curve(arm, list(range(1, 257)), bases[0].values.tolist(), xlabel="rank", ylabel="eigenvalue of the Jacobian")
     return {
         "disagreement": float(found.disagreement), "log2 disagreement": float(found.disagreement.log2()),
-        "pair correlation": float(found.pairs.mean()), "closest-training correlation": float(found.closest.mean()),
+        "pair correlation": float(found.pairs[~lost].mean()), "pairs left out": int(lost.sum()),
+        "closest-training correlation": float(found.closest[:, ~lost].mean()),
         "train-test gap (dB)": float(10 * (errors[1] / errors[0]).log10()), "PSNR (dB)": float(-10 * errors[1].log10()),
         "homogeneity error": float(homogeneity), "distance to the memoriser": float(copied),
         "symmetric share": float(torch.stack([basis.symmetric_share for basis in bases]).mean()),
