@@ -326,7 +326,8 @@ def comparisons_page(records: Mapping[str, Mapping[str, Any]]) -> str:
         "augmentation and noise, so that methods are paired. Figures are means over seeds with 95 % intervals, taken on held-out "
         "data; losses, which are each method's own, are on the full page. `few label accuracy` is what fine-tuning on 100 labels "
         "reaches; probes of frozen features say little after trainings as short as these. `frechet distance`, of generators, is "
-        "that of 400 new pictures to held-out ones in the features of a small classifier of the data: lower is better; no FID."
+        "that of 400 new pictures to held-out ones in the features of a small classifier of the data: lower is better; no FID. "
+        "Where it is known, that of as many training pictures stands below."
     )
     return "\n\n".join([head, *(comparison_section(name, record) for name, record in records.items())]) + "\n"
 
@@ -358,6 +359,12 @@ def comparison_section(name: str, record: Mapping[str, Any]) -> str:
     before = [seed[first] for seed in record["untrained"].values()]
     fresh = {m: sum(b[m] for b in before) / len(before) for m in metrics if before and all(m in b for b in before)}
     rows += [[f"{plain(first)}, untrained", *["–"] * 5, *(f"{fresh[m]:.3g}" for m in metrics)]] if fresh else []
+    given = record["table"][0].get("frechet_of_training_pictures")
+    rows += (
+        [["training pictures", *["–"] * 5, *(spread(given if m == "frechet_distance" else None) for m in metrics)]]
+        if given
+        else []
+    )
     differences = [
         [
             plain(f"{d['arm']}: {d['metric'].replace('_', ' ')}"),

@@ -218,7 +218,7 @@ def test_generators_are_judged_by_what_they_draw(monkeypatch):
     assert first > 0
     assert second > 0
     assert first != second
-    assert ("frechet_distance", False) in {(d["metric"], d["higher"]) for d in done["differences"]}
+    assert {d["metric"] for d in done["differences"]} == {"frechet_distance", "images_per_second"}
 
     train, held_out, _ = trial.split("sample:digits")
 
@@ -234,8 +234,10 @@ def test_generators_are_judged_by_what_they_draw(monkeypatch):
 
     monkeypatch.setattr(trial, "DRAWN", 400)
     spreads = (0.0, 0.5, 0.0)
-    near, far, again = (trial.judge(Generator(s), train, held_out, 0)["frechet_distance"] for s in spreads)
-    assert near == again < 0.3 * far
+    near, far, again = (trial.judge(Generator(s), train, held_out, 0) for s in spreads)
+    assert near == again
+    assert near["frechet_distance"] < 0.3 * far["frechet_distance"]
+    assert near["frechet_of_training_pictures"] == far["frechet_of_training_pictures"] < 2 * near["frechet_distance"]
 
 
 def test_arms_of_unlike_size_are_told():
@@ -341,6 +343,7 @@ def test_every_figure_of_a_method_has_a_direction():
     assert [direction(name) for name in ("accuracy", "knn_probe", "images_per_second", "psnr")] == [True] * 4
     assert [direction(name) for name in ("loss", "mse", "unexplained")] == [False] * 3
     assert direction("psnr_degraded") is None  # a fact of the data
+    assert direction("frechet_of_training_pictures") is None
     assert direction("novelty") is None
     names = set()
     for row in catalogue.load().values():

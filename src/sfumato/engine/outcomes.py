@@ -21,7 +21,7 @@ EARLY = 1000
 """Steps before which frozen features are not judged: masked training first makes them worse than a random network's."""
 LOW = {"loss", "mse", "mae", "rmse", "error", "distance", "fid", "kid", "lpips", "nll", "seconds", "unexplained"}
 HIGH = {"accuracy", "psnr", "ssim", "probe", "second"}
-GIVEN = {"degraded"}
+GIVEN = {"degraded", "training"}
 """Words in the names of figures that should be low, that should be high, and that are facts of the data, not of a method."""
 
 
@@ -33,9 +33,14 @@ def metrics_of(record: Mapping[str, Any]) -> list[str]:
 def direction(metric: str) -> bool | None:
     """Whether a figure should be high, by the words in its name; None where nobody said, or where no method decides it."""
     words = set(metric.split("_"))
-    if words & GIVEN:
+    if is_given(metric):
         return None
     return False if words & LOW else True if words & HIGH else None
+
+
+def is_given(metric: str) -> bool:
+    """Whether a figure is a fact of the data, the same for all arms."""
+    return bool(GIVEN & set(metric.split("_")))
 
 
 def is_own_loss(metric: str) -> bool:

@@ -231,7 +231,10 @@ def probe(method: Any, train: ImageSet, held_out: ImageSet, seed: int) -> dict[s
 
 @torch.no_grad()
 def judge(method: Any, train: ImageSet, held_out: ImageSet, seed: int) -> dict[str, float]:
-    """How far new pictures are from held-out ones: the Fréchet distance in the features of a small classifier of the data."""
+    """How far new pictures are from held-out ones: the Fréchet distance in the features of a small classifier of the data.
+
+    Beside it stands that of as many training pictures, which no generator need pass.
+    """
     from torch.nn.functional import interpolate
 
     from sfumato.metrics import frechet_features
@@ -240,13 +243,17 @@ def judge(method: Any, train: ImageSet, held_out: ImageSet, seed: int) -> dict[s
     generator = torch.Generator(method.device).manual_seed(key(seed, "drawn"))
     drawn = method.sample(DRAWN, generator).float().cpu()
     side = drawn.shape[-1]
-    known, real = _few(train, PROBE_TRAIN, side, seed), _few(held_out, PROBE_TEST, side, seed)
+    known, unknown = _few(train, PROBE_TRAIN, side, seed), _few(held_out, PROBE_TEST, side, seed)
     assert known.label is not None
-    seen, x = (b.x if b.x.shape[-1] == side else interpolate(b.x, side, mode="area") for b in (known, real))
+    seen, x = (b.x if b.x.shape[-1] == side else interpolate(b.x, side, mode="area") for b in (known, unknown))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(key(seed, "judge"))  # the same one for every arm
         features = train_judge(seen, known.label)[:-1]
-    return {"frechet_distance": frechet_features(features(drawn), features(x)).item()}
+    given, real = features(seen[:DRAWN]), features(x)
+    return {
+        "frechet_distance": frechet_features(features(drawn), real).item(),
+        "frechet_of_training_pictures": frechet_features(given, real).item(),
+    }
 
 
 def _save_pictures(job: Job, method: Method, held_out: ImageSet) -> dict[str, str]:

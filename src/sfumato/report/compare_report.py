@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from sfumato.claim import ENOUGH_SEEDS, paired_interval
-from sfumato.engine.outcomes import EARLY, PROBES, is_own_loss, metrics_of
+from sfumato.engine.outcomes import EARLY, PROBES, is_given, is_own_loss, metrics_of
 from sfumato.engine.trial import DRAWN, FEW
 from sfumato.report.page import Page
 from sfumato.report.plots import curves, interval_text, number
@@ -133,7 +133,11 @@ def _show_differences(page: Page, record: Mapping[str, Any]) -> None:
         page.table([_told(d) for d in shown], ["arm", "figure", "difference", "outcome"])
     _tell_own_losses(page, record, metrics)
     _tell_samples(page, metrics)
-    by_arm = {m: {arm["label"]: _values(record["figures"], arm["label"], m) for arm in record["arms"]} for m in metrics}
+    by_arm = {
+        m: {arm["label"]: _values(record["figures"], arm["label"], m) for arm in record["arms"]}
+        for m in metrics
+        if not is_given(m)
+    }
     if seeds > 1:
         plots = [dots(values, xlabel=_words(metric)) for metric, values in by_arm.items()]
         page.figure(plots[:6], "Every seed of every arm; the bar is the mean, thin lines join the same seed.")
@@ -252,7 +256,8 @@ def _tell_samples(page: Page, metrics: Sequence[str]) -> None:
     if "frechet_distance" in metrics:
         page.text(
             f"Fréchet distance: of {DRAWN} new pictures to held-out ones, in the features of a small classifier that learned the "
-            "classes of the training pictures, the same for all arms; lower is better. It is no FID, and only comparable here."
+            "classes of the training pictures, the same for all arms; lower is better. Beside it stands that of as many training "
+            "pictures. It is no FID, and only comparable here."
         )
 
 
