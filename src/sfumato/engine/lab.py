@@ -29,6 +29,7 @@ from sfumato.claim import Claim, Figures, judge
 from sfumato.engine.loop import Trainer
 from sfumato.engine.options import Options as TrainingOptions
 from sfumato.engine.randomness import key
+from sfumato.engine.signals import end_with_parent
 from sfumato.engine.stream import as_data
 
 Report = Callable[[str, int, float], None]
@@ -179,7 +180,7 @@ def _run_seeds(
             outcomes[seed] = run_seed(claim, seed, budget)
             tell(name, seed, outcomes[seed]["seconds"])
         return outcomes
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         running = {pool.submit(_run_by_name, slug, name, seed, budget): seed for seed in seeds}
         try:
             for future in as_completed(running):

@@ -1,7 +1,9 @@
-"""Ctrl-C and SIGTERM as a question that work answers at its next good moment."""
+"""Ends that come from outside: Ctrl-C and SIGTERM, to be answered at the next good moment, and a parent that is gone."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -28,3 +30,16 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+
+def end_with_parent() -> None:
+    """Called in a process of a pool: it ends at once when the one that started it does, however that was."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -19,6 +19,7 @@ from sfumato import catalogue
 from sfumato.engine.arms import Arm
 from sfumato.engine.lab import provenance
 from sfumato.engine.randomness import key
+from sfumato.engine.signals import end_with_parent
 from sfumato.engine.trial import Job, run_trial
 from sfumato.errors import SfumatoError
 from sfumato.method import Method
@@ -126,7 +127,7 @@ def run_trials(
 
 def _in_a_process(job: Job, data: Any) -> dict[str, Any]:
     """One trial in a fresh process, so that its memory is its own and a crash is told."""
-    with ProcessPoolExecutor(1, mp_context=_processes()) as one:
+    with ProcessPoolExecutor(1, mp_context=_processes(), initializer=end_with_parent) as one:
         try:
             return one.submit(run_trial, job, data).result()
         except BrokenProcessPool:

@@ -1,5 +1,6 @@
 from .obs import MFACPruner as MFACPruner
 from .obs import obs_prune as obs_prune
+from .rewarded_gates import RewardedUNet as RewardedUNet
 from .rewarded_gates import optimise_masks as optimise_masks
 from .rewarded_gates import rewarded_model as rewarded_model
 from .weight_gates import MaskAdapter as MaskAdapter

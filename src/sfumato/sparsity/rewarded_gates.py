@@ -3,6 +3,11 @@
     l ← AdamW(l, -∇_l r(x̂_0(x_t; W ∘ m_l)))  a few times a step, then forgotten,        m_l = 1[l + Gumbel > 0]
 
 One logit a weight, of all pictures of a batch; every step of a sampler begins with the same ones. Early steps are left alone.
+`rewarded_model` is for samplers of this library, `RewardedUNet` for pipelines of diffusers, which draw pictures of a text:
+
+    pipe = StableDiffusionPipeline.from_pretrained(...)
+    pipe.unet = RewardedUNet.open(pipe, reward, guidance=7.5)
+    pictures = pipe("a lighthouse", guidance_scale=7.5, num_inference_steps=15).images
 
 Source: Wang, Li, Yang, Wang, Zhang, Liu, Wang, Yang, "Not All Parameters Matter: Masking Diffusion Models for Enhancing
 Generation Ability", CVPR 2025 (arXiv 2505.03097), its form without training.
@@ -19,15 +24,20 @@ torch.Size([3, 1, 8, 8])
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from sfumato.diffusion.predictions import convert
+from sfumato.diffusion.predictions import convert, read_schedule
 from sfumato.diffusion.samplers import Model
 from sfumato.diffusion.schedules import Schedule
+from sfumato.errors import BadSetting
+from sfumato.nn.latent_codec import DiffusersVAE
+from sfumato.nn.unet_wrapper import UNetWrapper
 from sfumato.sparsity.weight_gates import MaskedUNet
 
 Reward = Callable[[Tensor], Tensor]
@@ -69,24 +79,16 @@ def optimise_masks(
                 p.grad = None
 
 
-def rewarded_model(
-    masked: MaskedUNet,
-    reward: Reward,
-    schedule: Schedule,
-    *,
-    iters: int = 10,
-    early: int = 7,
-    lr: float = 1e-2,
-    predict: str = "eps",
-    decode: Callable[[Tensor], Tensor] = lambda x0: (x0 + 1) / 2,
-    generator: torch.Generator | None = None,
-) -> Model:
-    """A model for any sampler, whose gates are moved towards a reward at every late call. It counts its calls: for one run.
+class RewardedUNet(UNetWrapper):
+    """A gated U-Net whose gates are moved towards a reward at every late step, to be the `unet` of a pipeline of diffusers.
+
+    It counts its calls: one at a time that is nearer to the first than to the last, and noisier than that, begins a new run.
 
     Args:
         masked: with `by="free"`: one logit a weight, shared by the pictures of a batch.
         reward: of the guess of the clean pictures.
-        schedule: of the sampler.
+        schedule: of the sampler; times between its own are rounded.
+        guidance: where a call holds both halves of classifier-free guidance, the one without the condition first: its scale.
         iters: network calls at a late step.
         early: steps at the beginning that take one call; the authors' 7 of 15.
         lr: learning rate of the logits.
@@ -94,17 +96,81 @@ def rewarded_model(
         decode: from the guess to what the reward takes; a latent model's decoder, or by default from [-1, 1] to [0, 1].
         generator: source of the gates.
     """
-    calls = 0
 
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
+    def __init__(
+        self,
+        masked: MaskedUNet,
+        reward: Reward,
+        schedule: Schedule,
+        *,
+        guidance: float | None = None,
+        iters: int = 10,
+        early: int = 7,
+        lr: float = 1e-2,
+        predict: str = "eps",
+        decode: Callable[[Tensor], Tensor] = lambda x0: (x0 + 1) / 2,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(masked)
+        self.reward, self.schedule, self.guidance, self.predict, self.decode = reward, schedule, guidance, predict, decode
+        self.iters, self.early, self.lr, self.generator = iters, early, lr, generator
+        self.calls, self.first, self.last = 0, -math.inf, -math.inf
 
-        def step() -> tuple[Tensor, Tensor]:
-            out: Tensor = masked(x, t, generator=generator).sample
-            return out, decode(convert(out, x, t, schedule, source=predict, target="x0"))
+    @classmethod
+    def open(cls, pipeline: Any, reward: Reward, **how: Any) -> Self:
+        """For a pipeline, with its schedule, its prediction and its VAE.
 
-        out: Tensor = optimise_masks(step, masked, reward, iters=iters if calls > early else 1, lr=lr)
-        return out
+        Args:
+            pipeline: anything with `.unet`, which may be gated or rewarded already, `.scheduler` and, for latents, `.vae`.
+            reward: of pictures `[B, C, H, W]`, about [0, 1].
+            **how: arguments of this class.
+        """
+        unet, vae = pipeline.unet, getattr(pipeline, "vae", None)
+        schedule, predict = read_schedule(pipeline.scheduler)
+        if vae is not None:
+            how = {"decode": DiffusersVAE(vae, scale=vae.config.get("scaling_factor") or 1.0).decode, **how}
+        unet = unet.unet if isinstance(unet, RewardedUNet) else unet
+        masked = unet if isinstance(unet, MaskedUNet) else MaskedUNet(unet, by="free")
+        return cls(masked, reward, schedule, **{"predict": predict, **how})
 
-    return model
+    def forward(self, x: Tensor, t: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """What the U-Net gives once its gates have been moved; called with the same arguments.
+
+        Raises:
+            BadSetting: guidance, and a batch that has no two halves.
+        """
+        if self.guidance is not None and len(x) % 2:
+            raise BadSetting("guidance goes with calls of two halves, without and with the condition: here it must be None")
+        time = torch.as_tensor(t).round().long()
+        self._count(int(time.max()))
+
+        def step() -> tuple[Any, Tensor]:
+            out = self.unet(x, t, *args, generator=self.generator, **kwargs)
+            return out, self._seen(out.sample, x, time)
+
+        out = optimise_masks(step, self.unet, self.reward, iters=self.iters if self.calls > self.early else 1, lr=self.lr)
+        return out if return_dict else (out.sample,)
+
+    def _count(self, time: int) -> None:
+        if time - self.last > self.first - time:
+            self.calls, self.first = 0, time
+        self.calls, self.last = self.calls + 1, time
+
+    def _seen(self, out: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        """The guess of the clean pictures, as the reward takes them."""
+        if self.guidance is not None:
+            without, with_it = out.chunk(2)
+            out, x = torch.lerp(without, with_it, self.guidance), x[: len(without)]
+            time = time if time.ndim == 0 else time[: len(without)]
+        return self.decode(convert(out, x, time, self.schedule, source=self.predict, target="x0"))
+
+
+def rewarded_model(masked: MaskedUNet, reward: Reward, schedule: Schedule, **how: Any) -> Model:
+    """A model for any sampler, whose gates are moved towards a reward at every late call.
+
+    Args:
+        masked, reward, schedule: as of `RewardedUNet`.
+        **how: its other arguments, without guidance.
+    """
+    unet = RewardedUNet(masked, reward, schedule, **how)
+    return lambda x, t: unet(x, t).sample

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import BadData, BadSetting
 from sfumato.nn.discrete_gradients import gumbel_sigmoid
+from sfumato.nn.unet_wrapper import UNetWrapper
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out")
 """The layers that the paper masks: the projections of self- and cross-attention."""
@@ -235,8 +236,10 @@ class _BlockGates(nn.Module):
         return logits
 
 
-class MaskedUNet(nn.Module):
+class MaskedUNet(UNetWrapper):
     """A U-Net of diffusers with gated weights. It is frozen, not edited: called by itself it is what it was.
+
+    It can be the `unet` of a pipeline of diffusers. The gates are made in float32 where the U-Net is.
 
     Args:
         unet: UNet2DModel or UNet2DConditionModel; its parameters are frozen. Put it in eval mode if it has dropout.
@@ -270,14 +273,15 @@ class MaskedUNet(nn.Module):
         tau: float = 1.0,
         sample: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(unet)
         for word, known in ((where, PLACES), (by, BY)):
             if word not in known:
                 raise BadSetting(f"there is no {word!r}: use {', '.join(known)}")
         found = getattr(unet, where, None)
         if found is None:
             raise BadSetting(f"this {type(unet).__name__} has no {where}: give a U-Net of diffusers, and a part that it has")
-        self.unet, self.tau, self.sample = unet.requires_grad_(False), tau, sample
+        unet.requires_grad_(False)
+        self.tau, self.sample = tau, sample
         blocks = list(found.named_children()) if isinstance(found, nn.ModuleList) else [("", found)]
         self._gated: list[tuple[nn.Module, list[tuple[str, nn.Module]]]] = []
         for number, block in blocks:
@@ -293,7 +297,7 @@ class MaskedUNet(nn.Module):
         start = (1.0 if by == "free" else 5.0) if logit is None else logit
         self.masks = nn.ModuleList(
             _BlockGates(block, [m for _, m in layers], by, hidden, factor, start) for block, layers in self._gated
-        )
+        ).to(next(unet.parameters()).device)
 
     def forward(self, *args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
         """What the U-Net gives, called with the same arguments.

@@ -4,8 +4,8 @@
 
 The U-Net stays as it was trained; a small generator a block of the way up chooses its gates (`sfumato.sparsity.MaskedUNet`).
 Without training: one logit a weight, moved at every late sampling step towards what a reward makes of the guess of the clean
-picture, then forgotten (`sfumato.sparsity.rewarded_model`). The parts take any UNet2DModel or UNet2DConditionModel of diffusers;
-the method here masks a DDPM run.
+picture, then forgotten (`sfumato.sparsity.rewarded_model`). The parts take any UNet2DModel or UNet2DConditionModel of diffusers,
+and its place in a pipeline of a text too (`sfumato.sparsity.RewardedUNet`); the method here masks a DDPM run.
 
 Source: Lei Wang, Senmao Li, Fei Yang, Jianye Wang, Ziheng Zhang, Yuhan Liu, Yaxing Wang, Jian Yang, "Not All Parameters Matter:
 Masking Diffusion Models for Enhancing Generation Ability", CVPR 2025 (arXiv 2505.03097).
