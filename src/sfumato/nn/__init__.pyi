@@ -79,6 +79,7 @@ from .unet import small_unet as small_unet
 from .unet import unet_decode as unet_decode
 from .unet import unet_embed as unet_embed
 from .unet import unet_encode as unet_encode
+from .unet_wrapper import UNetWrapper as UNetWrapper
 from .vit_blocks import initialise_linear as initialise_linear
 from .vit_blocks import run_blocks as run_blocks
 from .vit_blocks import vit_block as vit_block

@@ -2,8 +2,7 @@
 
 So a wrapped U-Net can be the `unet` of a pipeline of diffusers, which asks it for its `config`, `dtype` and `device`.
 
->>> from sfumato.nn import small_unet
->>> from sfumato.nn.unet_wrapper import UNetWrapper
+>>> from sfumato.nn import UNetWrapper, small_unet
 >>> class Negated(UNetWrapper):
 ...     def forward(self, *args, **kwargs):
 ...         return -self.unet(*args, **kwargs).sample
