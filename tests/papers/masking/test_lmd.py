@@ -246,7 +246,7 @@ def test_views_of_a_cache_are_not_augmented_again():
 
 
 def test_the_pca_looks_at_no_more_pictures_than_it_says(monkeypatch):
-    monkeypatch.setattr("sfumato.papers.masking.lmd.PCA_PICTURES", 20)
+    monkeypatch.setattr("sfumato.papers.masking.latents.PCA_PICTURES", 20)
     model, x, read = build(), crops(40), []
 
     def batches():

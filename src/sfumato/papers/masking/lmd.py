@@ -33,11 +33,9 @@ torch.Size([2, 64])
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -51,32 +49,23 @@ from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.errors import BadData, BadSetting
 from sfumato.losses import denormalize_patches, masked_mean, masked_patch_mse
 from sfumato.masks import fill, random_mask, ratio_schedule, upsample_mask
-from sfumato.method import Batch, Context, Loss, Method
-from sfumato.nn import DiffusersVAE, IdentityCodec, MaskedDecoder, MaskedViTEncoder, PatchPCA, patchify, unpatchify
+from sfumato.method import Batch, Context, Loss
+from sfumato.nn import MaskedDecoder, MaskedViTEncoder, patchify, unpatchify
 from sfumato.optim import cosine_warmup, lr_for_batch
-from sfumato.papers.masking.mae import MAE, SMALL_ENCODER, MaskedConfig, MaskedImageModel
+from sfumato.papers.masking.latents import LatentConfig, LatentImageModel
+from sfumato.papers.masking.mae import MAE, SMALL_ENCODER
 from sfumato.probes import finetune_probe, multiply_adds
 
-PCA_PICTURES = 4096
-"""Pictures of the training data that the PCA is fitted on, about: the first ones of those that `survey` is given."""
 
-
-class LMD(MaskedImageModel):
+class LMD(LatentImageModel):
     """A masked autoencoder on latents. It trains on pictures, encoded in every step, or on a `LatentCache`."""
 
-    class Config(MaskedConfig):
+    class Config(LatentConfig):
         """The released script: ViT-B on the latents of Stable Diffusion's VAE."""
 
         steps: int = Field(2_000_000, gt=0, description="optimizer steps; 100 epochs of ImageNet-1k, a number of our choice")
         batch_size: int = Field(64, gt=0, description="samples a step, over all micro-batches and processes")
         clip_norm: float | None = Field(10.0, gt=0, description="largest gradient norm; None: no clipping")
-        codec: Literal["vae", "pca", "identity"] = Field("vae", description="what makes latents: identity is pixel space")
-        vae: str | None = Field(None, description="codec=vae: folder, or name on the hub, of an AutoencoderKL's weights")
-        reduction: int = Field(8, gt=0, description="side in pixels of what becomes one latent; 1 with codec=identity")
-        latent_channels: int | None = Field(
-            None, gt=0, description="numbers a latent; None: 4 (vae), a quarter of the pixels' (pca), the picture's (identity)"
-        )
-        patch: int = Field(4, gt=0, description="side of a token, latents")
         mask_ratio: float = Field(0.75, ge=0, le=1, description="share of the tokens that is hidden at the end, and in use")
         start_ratio: float = Field(0.15, ge=0, le=1, description="share of the tokens that is hidden at the start")
         schedule: Literal["cosine", "piecewise", "linear"] = Field("cosine", description="how the share grows")
@@ -103,30 +92,11 @@ class LMD(MaskedImageModel):
             }  # fmt: skip
             return cls(**{**small, **over})
 
-    codec: Any
-    """A `LatentCodec`; of codec=vae None until `survey` or a checkpoint brings it."""
-
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
-        c = self.config
+        c, side = self.config, self.latent_shape[1]
         if len(c.betas) != (3 if c.optimizer == "adan" else 2):
             raise BadSetting(f"betas={c.betas}: Adan takes three, AdamW two")
-        self.reduction: int = 1 if c.codec == "identity" else c.reduction
-        if c.image_size % (self.reduction * c.patch):
-            raise BadSetting(
-                f"image_size={c.image_size} is no multiple of {self.reduction * c.patch}, the {c.patch} latents of "
-                f"{self.reduction} pixels of a token: set image_size or patch"
-            )
-        side = c.image_size // self.reduction
-        numbers = {"vae": 4, "pca": -(-self.channels * self.reduction**2 // 4), "identity": self.channels}[c.codec]
-        self.latent_shape: tuple[int, int, int] = (c.latent_channels or numbers, side, side)
-        self.codec, self.surveyed = None, c.codec == "identity"
-        if c.codec == "identity":
-            if self.latent_shape[0] != self.channels:
-                raise BadSetting(f"latent_channels={c.latent_channels}: with codec=identity leave it out")
-            self.codec = IdentityCodec()
-        elif c.codec == "pca":
-            self.codec = PatchPCA(self.reduction, self.latent_shape[0], channels=self.channels)
         self.encoder = MaskedViTEncoder(side, c.patch, self.latent_shape[0], c.dim, c.depth, c.heads, mlp_ratio=c.mlp_ratio)
         self.decoder = MaskedDecoder(
             c.dim, c.decoder_dim, c.decoder_depth, c.decoder_heads, c.patch**2 * self.latent_shape[0], self.encoder.grid,
@@ -187,59 +157,6 @@ class LMD(MaskedImageModel):
         from timm.optim import Adan  # type: ignore[attr-defined]
 
         return {"net": Adan(self.decay_groups(), lr_for_batch(c.base_lr, 256, c.batch_size), betas=c.betas)}
-
-    def augment(self) -> Callable[..., Any] | None:
-        """A random crop, bicubic, and a random flip; latents of a cache pass: they were augmented when they were made."""
-        inner = super().augment()
-        return inner if inner is None or self.config.codec == "identity" else _OfPictures(inner, self.latent_shape)
-
-    # ---- pictures and latents
-
-    def survey(self, batches: Iterable[Batch]) -> None:
-        """Read the VAE, or fit the PCA on the first pictures, which should be a random few; a codec that is known stays.
-
-        Raises:
-            BadSetting: codec=vae without `vae`, or one of another shape.
-            BadData: no pictures or their latents, and a PCA that has seen none.
-        """
-        self._need_codec()
-        if self.surveyed:
-            return
-        if self.config.codec == "pca":
-            self.codec.fit(self._first_pictures(batches))
-        self.surveyed = True
-
-    def _first_pictures(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
-        """As many as the PCA is fitted on, a batch at a time."""
-        count = 0
-        for batch in batches:
-            if self._are_latents(batch.x):
-                raise BadData("these are latents, of a PCA that is not known here: give the pictures to survey() first")
-            yield self.to_size(batch.x)
-            count += len(batch)
-            if count >= PCA_PICTURES:
-                return
-        if not count:
-            raise BadData("a PCA is fitted on pictures: give survey() batches of some")
-
-    def normalised(self, x: Tensor) -> Tensor:
-        """What the network sees: latents `[B, c, h, w]` of pictures of any size, or latents of `codec` as a cache has them.
-
-        Pictures of exactly the latents' shape are taken for latents. The codec is frozen; pictures that want a gradient get it.
-        """
-        dtype = self.encoder.patch_embed.proj.weight.dtype
-        if not self._are_latents(x):
-            codec = self._need_codec()
-            with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-                x = codec.encode(self.to_size(x))
-        mean, deviation = self._statistics()
-        return (x.to(dtype) - mean) / deviation
-
-    def decoded(self, z: Tensor) -> Tensor:
-        """Pictures `[B, C, H, W]` in [0, 1] of what `normalised` gave."""
-        mean, deviation = self._statistics()
-        pictures: Tensor = self._need_codec().decode(z * deviation + mean)
-        return pictures.clamp(0, 1)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -310,70 +227,10 @@ class LMD(MaskedImageModel):
         psnr = {} if self.config.norm_pix else {"hidden_psnr": float(-10 * torch.tensor(error / count).log10())}
         return {"masked_loss": loss / count, **psnr}
 
-    # ---- the codec's state
-
-    @classmethod
-    def init_from(cls, config: Any, previous: Method) -> Self:
-        """Start with another masked model's encoder, and with its codec unless the settings want another."""
-        method = super().init_from(config, previous)
-        if isinstance(previous, LMD) and previous.surveyed:
-            ours, theirs = config, previous.config
-            alike = all(getattr(ours, k) == getattr(theirs, k) for k in ("codec", "reduction", "channels"))
-            if alike and method.latent_shape[0] == previous.latent_shape[0] and ours.vae in (None, theirs.vae):
-                method.codec, method.surveyed = copy.deepcopy(previous.codec), True
-        return method
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Whether the codec is known, and the architecture of a VAE: a run needs its folder no more."""
-        vae = self.codec.vae.config if isinstance(self.codec, DiffusersVAE) else None
-        plain = None if vae is None else json.loads(json.dumps({k: v for k, v in vae.items() if not k.startswith("_")}))
-        return {"surveyed": self.surveyed, "vae": plain}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Make room for the codec whose weights are loaded next."""
-        self.surveyed = state["surveyed"]
-        if self.codec is None and state["vae"] is not None:
-            from diffusers import AutoencoderKL
-
-            self.codec = DiffusersVAE(AutoencoderKL.from_config(state["vae"])).to(self.device)
-
-    def _need_codec(self) -> Any:
-        """The codec; a VAE is read when it is first needed."""
-        if self.codec is None:
-            c = self.config
-            if c.vae is None:
-                raise BadSetting("codec=vae needs weights: set vae=FOLDER of an AutoencoderKL of diffusers, or codec=pca")
-            codec = DiffusersVAE(c.vae)
-            settings = codec.vae.config
-            found = (2 ** (len(settings.block_out_channels) - 1), settings.latent_channels)
-            if found != (self.reduction, self.latent_shape[0]):
-                raise BadSetting(f"the VAE at {c.vae} has other latents: set reduction={found[0]} and latent_channels={found[1]}")
-            self.codec, self.surveyed = codec.to(self.device), True
-        return self.codec
-
     def _painted(self, z: Tensor, hidden: Tensor) -> Tensor:
         """Pictures of latents whose hidden tokens are predicted."""
         tokens = upsample_mask(hidden, self.encoder.grid, self.config.patch)
         return self.decoded(torch.where(tokens, self.predict_image(z, hidden), z))
-
-    def _are_latents(self, x: Tensor) -> bool:
-        return tuple(x.shape[1:]) == self.latent_shape
-
-    def _statistics(self) -> tuple[Tensor | float, Tensor | float]:
-        """What latents are shifted and divided by: nothing for a VAE, as published; MAE's for pixels; one deviation for a PCA."""
-        if self.config.codec == "identity":
-            return self.mean, self.std
-        return 0.0, self.codec.variance.mean().sqrt().clamp(min=1e-6) if self.config.codec == "pca" else 1.0
-
-
-class _OfPictures:
-    """A transform that leaves latents alone."""
-
-    def __init__(self, transform: Callable[..., Any], latent_shape: tuple[int, ...]) -> None:
-        self.transform, self.latent_shape = transform, latent_shape
-
-    def __call__(self, x: Tensor) -> Any:
-        return x if x.is_floating_point() and tuple(x.shape) == self.latent_shape else self.transform(x)
 
 
 # ---- claim A: the operations of the paper's own networks
