@@ -360,11 +360,8 @@ def comparison_section(name: str, record: Mapping[str, Any]) -> str:
     fresh = {m: sum(b[m] for b in before) / len(before) for m in metrics if before and all(m in b for b in before)}
     rows += [[f"{plain(first)}, untrained", *["–"] * 5, *(f"{fresh[m]:.3g}" for m in metrics)]] if fresh else []
     given = record["table"][0].get("frechet_of_training_pictures")
-    rows += (
-        [["training pictures", *["–"] * 5, *(spread(given if m == "frechet_distance" else None) for m in metrics)]]
-        if given
-        else []
-    )
+    if given:
+        rows.append(["training pictures", *["–"] * 5, *(spread(given if m == "frechet_distance" else None) for m in metrics)])
     differences = [
         [
             plain(f"{d['arm']}: {d['metric'].replace('_', ' ')}"),

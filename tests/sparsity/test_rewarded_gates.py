@@ -121,24 +121,21 @@ def test_a_gated_unet_takes_its_place_in_a_pipeline(pipeline, by):
 def test_a_pipeline_is_moved_towards_a_reward(pipeline, kind, guidance):
     """Against the same gates unmoved, and not drawn, so that nothing else differs."""
     pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
-    seen, calls, worth = [], [], {}
-
-    def reward(pictures):
-        seen.append(pictures.detach())
-        return _brightness(pictures)
-
+    calls, decoded, worth = [], [], {}
     pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    pipeline.vae.decoder.register_forward_hook(lambda *_: decoded.append(1))
     pipeline.unet = MaskedUNet(pipeline.unet, by="free", sample=False)
     for iters in (1, 8):
-        pipeline.unet = RewardedUNet.open(pipeline, reward, guidance=guidance, iters=iters, early=2, lr=0.3)
+        pipeline.unet = RewardedUNet.open(pipeline, _brightness, guidance=guidance, iters=iters, early=2, lr=0.3)
         assert isinstance(pipeline.unet.unet, MaskedUNet)
         runs = []
         for _ in range(2):
             calls.clear()
+            decoded.clear()
             runs.append(pipeline(STATES, 5, guidance or 1.0))
             assert len(calls) == 2 + 3 * iters  # a second run begins with early steps again
+            assert len(decoded) == 3 * (iters - 1) + 1  # for the reward, and at the end
         worth[iters] = float(_brightness(torch.cat(runs)).mean())
-    assert seen[0].shape == (2, 3, 16, 16)
     assert worth[8] > worth[1]
     assert all((p == 1).all() for p in pipeline.unet.mask_parameters())
 

@@ -60,6 +60,9 @@ def optimise_masks(
     Returns:
         What the last call of `step` gave, detached if a tensor.
     """
+    if iters == 1:
+        with torch.no_grad():
+            return step()[0]
     parameters = masked.mask_parameters()
     before = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr)
@@ -146,9 +149,12 @@ class RewardedUNet(UNetWrapper):
 
         def step() -> tuple[Any, Tensor]:
             out = self.unet(x, t, *args, generator=self.generator, **kwargs)
-            return out, self._seen(out.sample, x, time)
+            return out, self._guess(out.sample, x, time)
 
-        out = optimise_masks(step, self.unet, self.reward, iters=self.iters if self.calls > self.early else 1, lr=self.lr)
+        def reward(x0: Tensor) -> Tensor:
+            return self.reward(self.decode(x0))  # here, so that nothing is decoded where nothing is rewarded
+
+        out = optimise_masks(step, self.unet, reward, iters=self.iters if self.calls > self.early else 1, lr=self.lr)
         return out if return_dict else (out.sample,)
 
     def _count(self, time: int) -> None:
@@ -156,13 +162,13 @@ class RewardedUNet(UNetWrapper):
             self.calls, self.first = 0, time
         self.calls, self.last = self.calls + 1, time
 
-    def _seen(self, out: Tensor, x: Tensor, time: Tensor) -> Tensor:
-        """The guess of the clean pictures, as the reward takes them."""
+    def _guess(self, out: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        """The clean pictures or latents that are expected, guided where that is done."""
         if self.guidance is not None:
             without, with_it = out.chunk(2)
             out, x = torch.lerp(without, with_it, self.guidance), x[: len(without)]
             time = time if time.ndim == 0 else time[: len(without)]
-        return self.decode(convert(out, x, time, self.schedule, source=self.predict, target="x0"))
+        return convert(out, x, time, self.schedule, source=self.predict, target="x0")
 
 
 def rewarded_model(masked: MaskedUNet, reward: Reward, schedule: Schedule, **how: Any) -> Model:

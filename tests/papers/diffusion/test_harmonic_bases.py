@@ -7,8 +7,9 @@ from sfumato.data import Batch, Facts, c_alpha_images
 from sfumato.engine import Lab, build, fit
 from sfumato.errors import BadData, BadSetting
 from sfumato.method import Context, Denoiser, Restorer, Sampler, capabilities
+from sfumato.metrics import closest_correlation
 from sfumato.nn import BFCNN
-from sfumato.papers.diffusion.harmonic_bases import BlindDenoiser, one_function
+from sfumato.papers.diffusion.harmonic_bases import BlindDenoiser, _compared, one_function
 from sfumato.physics import BlockMean
 
 
@@ -167,6 +168,33 @@ def test_two_pictures_are_remembered():
     z = 0.3 * torch.randn(40, 1, 8, 8, generator=_g())
     errors = [(method.denoise(x + z).detach() - x).square().mean() for x in (own, others)]
     assert errors[0] < 0.4 * errors[1]
+
+
+def test_pairs_that_diverge_are_left_out():
+    """Denoisers that make some pictures larger and larger; the figures are those of the other pairs alone."""
+    method = BlindDenoiser(BlindDenoiser.Config.small(channels=1, image_size=16, width=8, sample_steps=1))
+
+    def denoise(y):
+        uneven = (y[..., :8] - y[..., 8:]).mean((1, 2, 3), keepdim=True)
+        return torch.where(uneven > 0, 0.5 * y, -2 * y)
+
+    class Kept(BlindDenoiser):
+        def climb(self, denoiser, start, generator, **given):
+            starts.append(start)
+            drawn.append(super().climb(denoiser, start, generator, **given))
+            return drawn[-1]
+
+    pair, starts, drawn = [], [], []
+    for _ in range(2):
+        pair.append(Kept(method.config))
+        pair[-1].denoise = denoise
+    test = torch.rand(20, 1, 16, 16, generator=_g())
+    with pytest.warns(UserWarning, match="diverged"):
+        found = _compared(Lab(0, budget=0.01), "4 pictures", pair, (test[:4], test[4:8]), test)
+    lost = (starts[0] - denoise(starts[0])).flatten(1).square().mean(1).sqrt() > 2
+    assert 0 < found["pairs left out"] == int(lost.sum()) < 24
+    kept = torch.cat([closest_correlation(d[~lost], t) for d, t in zip(drawn, (test[:4], test[4:8]))])
+    assert found["closest-training correlation"] == pytest.approx(float(kept.mean()), abs=1e-5)
 
 
 def test_claim_shrunk():

@@ -16,6 +16,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from sfumato.errors import BadData, BadSetting
+from sfumato.losses import masked_mean
+from sfumato.masks import fill, upsample_mask
 from sfumato.method import Batch, Method
 from sfumato.nn import DiffusersVAE, IdentityCodec, PatchPCA
 from sfumato.papers.masking.mae import MaskedConfig, MaskedImageModel
@@ -34,10 +36,11 @@ class LatentConfig(MaskedConfig):
         None, gt=0, description="numbers a latent; None: 4 (vae), a quarter of the pixels' (pca), the picture's (identity)"
     )
     patch: int = Field(4, gt=0, description="side of a token, latents")
+    norm_pix: bool = Field(True, description="predict latents normalised within each token; off for reconstruction")
 
 
 class LatentImageModel(MaskedImageModel):
-    """A masked model of latents `latent_shape`; a subclass gives it `encoder` and what its parent asks for."""
+    """A masked model of latents `latent_shape`; a subclass gives it `encoder`, and what its parent asks for."""
 
     codec: Any
     """A `LatentCodec`; of codec=vae None until `survey` or a checkpoint brings it."""
@@ -114,6 +117,80 @@ class LatentImageModel(MaskedImageModel):
         mean, deviation = self._statistics()
         pictures: Tensor = self._need_codec().decode(z * deviation + mean)
         return pictures.clamp(0, 1)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Pictures whose hidden tokens are painted, in one pass; what is visible goes through the codec alone.
+
+        Args:
+            x: `[B, C, H, W]` in [0, 1], or latents. With `norm_pix` the mean and deviation of hidden tokens are looked up in it:
+                to restore what is not known, train with norm_pix=false.
+            hidden: `[B, L]` bool, True = hidden, equally many in each row.
+
+        Returns:
+            `[B, C, image_size, image_size]` in [0, 1].
+        """
+        return self._painted(self.normalised(x), hidden)
+
+    # ---- use
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features of images of any size (short side resized, centre cropped), or of their latents; tokens averaged.
+
+        Args:
+            x: `[B, C, H, W]` in [0, 1], or latents `[B, c, h, w]`.
+
+        Returns:
+            `[B, dim]`.
+        """
+        return self.encoder.features(self.normalised(x))
+
+    def timm_weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The encoder for timm, see `MaskedViTEncoder.timm_weights`; its inputs are what `normalised` gives: latents."""
+        return super().timm_weights()
+
+    @torch.no_grad()
+    def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures, what the codec keeps of them, what is left by the last ratio, and the reconstruction."""
+        z = self.normalised(batch.x)
+        hidden = self.mask(z, generator)[: len(z)]
+        decoded = self.decoded(z)
+        picture = decoded if self._are_latents(batch.x) else self.to_size(batch.x)
+        pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch * self.reduction)
+        return {
+            "picture": picture,
+            "decoded": decoded,
+            "masked": fill(picture, pixels, how="color", value=0.5),
+            "reconstruction": self._painted(z, hidden),
+        }
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The loss at the last ratio, and without `norm_pix` how near hidden pixels come, `hidden_psnr` in dB of all of them.
+
+        Masks are the same every time. Of a cache the pictures are those that the codec decodes.
+        """
+        generator = torch.Generator(self.device).manual_seed(0)
+        loss = error = count = 0.0
+        for batch in batches:
+            z = self.normalised(batch.x)
+            hidden = self.evaluation_mask(z, generator)
+            loss += float(self.loss_of_views(z, hidden)) * len(batch)
+            if not self.config.norm_pix:
+                picture = self.decoded(z) if self._are_latents(batch.x) else self.to_size(batch.x)
+                hidden = hidden[: len(z)]
+                pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch * self.reduction)
+                error += float(masked_mean((self._painted(z, hidden) - picture).square(), pixels)) * len(batch)
+            count += len(batch)
+        if not count:
+            return {}
+        psnr = {} if self.config.norm_pix else {"hidden_psnr": float(-10 * torch.tensor(error / count).log10())}
+        return {"masked_loss": loss / count, **psnr}
+
+    def _painted(self, z: Tensor, hidden: Tensor) -> Tensor:
+        """Pictures of latents whose hidden tokens are predicted."""
+        tokens = upsample_mask(hidden, self.encoder.grid, self.config.patch)
+        return self.decoded(torch.where(tokens, self.predict_image(z, hidden), z))
 
     # ---- the codec's state
 

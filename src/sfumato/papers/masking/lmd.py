@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -48,7 +48,7 @@ from typing_extensions import Self
 from sfumato.claim import Better, Figures, Holds, Lab, claim
 from sfumato.errors import BadData, BadSetting
 from sfumato.losses import denormalize_patches, masked_mean, masked_patch_mse
-from sfumato.masks import fill, random_mask, ratio_schedule, upsample_mask
+from sfumato.masks import random_mask, ratio_schedule, upsample_mask
 from sfumato.method import Batch, Context, Loss
 from sfumato.nn import MaskedDecoder, MaskedViTEncoder, patchify, unpatchify
 from sfumato.optim import cosine_warmup, lr_for_batch
@@ -74,7 +74,6 @@ class LMD(LatentImageModel):
         decoder_dim: int = Field(512, gt=0, description="width of the decoder, a multiple of 4 and of decoder_heads")
         decoder_depth: int = Field(8, gt=0, description="blocks of the decoder")
         decoder_heads: int = Field(16, gt=0, description="attention heads of the decoder")
-        norm_pix: bool = Field(True, description="predict latents normalised within each token; off for reconstruction")
         optimizer: Literal["adan", "adamw"] = Field("adan", description="the released script's, or its fallback")
         base_lr: float = Field(3e-4, gt=0, description="peak learning rate for 256 samples a step; scaled to batch_size")
         min_lr: float = Field(1e-8, ge=0, description="learning rate at the end")
@@ -157,80 +156,6 @@ class LMD(LatentImageModel):
         from timm.optim import Adan  # type: ignore[attr-defined]
 
         return {"net": Adan(self.decay_groups(), lr_for_batch(c.base_lr, 256, c.batch_size), betas=c.betas)}
-
-    @torch.no_grad()
-    def reconstruct(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """Pictures whose hidden tokens are painted, in one pass; what is visible goes through the codec alone.
-
-        Args:
-            x: `[B, C, H, W]` in [0, 1], or latents. With `norm_pix` the mean and deviation of hidden tokens are looked up in it:
-                to restore what is not known, train with norm_pix=false.
-            hidden: `[B, L]` bool, True = hidden, equally many in each row.
-
-        Returns:
-            `[B, C, image_size, image_size]` in [0, 1].
-        """
-        return self._painted(self.normalised(x), hidden)
-
-    # ---- use
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Features of images of any size (short side resized, centre cropped), or of their latents; tokens averaged.
-
-        Args:
-            x: `[B, C, H, W]` in [0, 1], or latents `[B, c, h, w]`.
-
-        Returns:
-            `[B, dim]`.
-        """
-        return self.encoder.features(self.normalised(x))
-
-    def timm_weights(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The encoder for timm, see `MaskedViTEncoder.timm_weights`; its inputs are what `normalised` gives: latents."""
-        return super().timm_weights()
-
-    @torch.no_grad()
-    def preview(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Pictures, what the codec keeps of them, what is left by the last ratio, and the reconstruction."""
-        z = self.normalised(batch.x)
-        hidden = self.mask(z, generator)[: len(z)]
-        decoded = self.decoded(z)
-        picture = decoded if self._are_latents(batch.x) else self.to_size(batch.x)
-        pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch * self.reduction)
-        return {
-            "picture": picture,
-            "decoded": decoded,
-            "masked": fill(picture, pixels, how="color", value=0.5),
-            "reconstruction": self._painted(z, hidden),
-        }
-
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The loss at the last ratio, and without `norm_pix` how near hidden pixels come, `hidden_psnr` in dB of all of them.
-
-        Masks are the same every time. Of a cache the pictures are those that the codec decodes.
-        """
-        generator = torch.Generator(self.device).manual_seed(0)
-        loss = error = count = 0.0
-        for batch in batches:
-            z = self.normalised(batch.x)
-            hidden = self.evaluation_mask(z, generator)
-            loss += float(self.loss_of_views(z, hidden)) * len(batch)
-            if not self.config.norm_pix:
-                picture = self.decoded(z) if self._are_latents(batch.x) else self.to_size(batch.x)
-                hidden = hidden[: len(z)]
-                pixels = upsample_mask(hidden, self.encoder.grid, self.config.patch * self.reduction)
-                error += float(masked_mean((self._painted(z, hidden) - picture).square(), pixels)) * len(batch)
-            count += len(batch)
-        if not count:
-            return {}
-        psnr = {} if self.config.norm_pix else {"hidden_psnr": float(-10 * torch.tensor(error / count).log10())}
-        return {"masked_loss": loss / count, **psnr}
-
-    def _painted(self, z: Tensor, hidden: Tensor) -> Tensor:
-        """Pictures of latents whose hidden tokens are predicted."""
-        tokens = upsample_mask(hidden, self.encoder.grid, self.config.patch)
-        return self.decoded(torch.where(tokens, self.predict_image(z, hidden), z))
 
 
 # ---- claim A: the operations of the paper's own networks
