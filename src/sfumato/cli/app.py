@@ -1,22 +1,19 @@
-"""The commands, and how they end. A command here only declares its words; the module that does the work is imported in its body.
+"""The commands. One here only declares its words; the module that does the work is imported in its body.
 
 So `sfumato --help`, `papers` and `show` start in a fraction of a second: nothing heavy is imported before a command
 needs it. To add a command, write a plain function in `sfumato/cli/<name>.py` and a thin one here.
-
-How a command ends: 0 done; 1 it ran and the answer is no; 2 something to mend, said in one line on stderr; 130 interrupted.
 """
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sfumato.errors import BadSetting, Interrupted, SfumatoError
+from sfumato.cli.run_commands import runs_app
+from sfumato.cli.words import AsJson, Device, Runs, examples
+from sfumato.errors import BadSetting
 
 app = typer.Typer(
     name="sfumato",
@@ -24,19 +21,12 @@ app = typer.Typer(
     epilog="Start here: sfumato papers · sfumato show colormae · sfumato train colormae --data sample:photos --minutes 2",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    pretty_exceptions_enable=False,  # a bug keeps its plain traceback; a SfumatoError is one line (see `main`)
+    pretty_exceptions_enable=False,  # a bug keeps its plain traceback; a SfumatoError is one line (see `sfumato.cli.main`)
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 CATALOGUE = "Look around"
 """The panels of `--help`: commands that belong together stand together."""
-
-
-def examples(*lines: str) -> str:
-    """An epilog of commands to copy, each `command  # what it does`."""
-    from rich.markup import escape
-
-    return "\n".join(["[bold]Examples[/bold]", *(f"  {escape(line)}" for line in lines)])
 
 
 def _version(wanted: bool) -> None:
@@ -104,9 +94,6 @@ def show(
 
 RUNNING = "Train and use"
 LOOKING = "Runs and this machine"
-Runs = Annotated[Path, typer.Option("--runs", help="Root folder of runs.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps, ...")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script.")]
 
 
 @app.command(
@@ -423,42 +410,7 @@ def probe(
     )  # fmt: skip
 
 
-runs_app = typer.Typer(no_args_is_help=False, invoke_without_command=True, help="List, show or remove runs.")
 app.add_typer(runs_app, name="runs", rich_help_panel=LOOKING)
-
-
-@runs_app.callback()
-def runs(context: typer.Context, root: Runs = Path("runs"), json: AsJson = False) -> None:
-    """List, show or remove runs."""
-    if context.invoked_subcommand is None:
-        runs_ls(root, json)
-
-
-@runs_app.command("ls", epilog=examples("sfumato runs ls --runs elsewhere/runs --json"))
-def runs_ls(root: Runs = Path("runs"), json: AsJson = False) -> None:
-    """List the runs, newest last."""
-    from sfumato.cli import runs as work
-
-    work.listing(root, json)
-
-
-@runs_app.command("show", epilog=examples("sfumato runs show runs/cbsn/STAMP"))
-def runs_show(run: Annotated[Path, typer.Argument(help="A run folder.")], json: AsJson = False) -> None:
-    """Tell where a run stands."""
-    from sfumato.cli import runs as work
-
-    work.show(run, json)
-
-
-@runs_app.command("rm", epilog=examples("sfumato runs rm runs/cbsn/STAMP --yes"))
-def runs_rm(
-    paths: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-) -> None:
-    """Remove runs."""
-    from sfumato.cli import runs as work
-
-    work.remove(paths, yes)
 
 
 @app.command(rich_help_panel=LOOKING, epilog=examples("sfumato doctor --json  # paste this into a report of a problem"))
@@ -468,21 +420,3 @@ def doctor(json: AsJson = False) -> None:
 
     if not work.doctor(json):
         raise typer.Exit(1)
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run a command line and exit: an error that a person can mend is one line, never a traceback."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.jit")  # said by libraries, not of a person's code
-    try:
-        try:
-            typer.main.get_command(app).main(args=None if args is None else list(args), prog_name="sfumato")
-        finally:
-            sys.stdout.flush()
-    except SfumatoError as error:
-        print(f"sfumato: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, Interrupted) else 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # `sfumato papers | head`: nobody reads on; keep the interpreter's last flush quiet too
-        sys.stdout = None
-        sys.exit(1)
